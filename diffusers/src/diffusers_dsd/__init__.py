@@ -1,1 +1,1 @@
-"""Discriminative Stable Diffusion (arXiv 2305.10722): a text-to-image diffusion model as an image-text matcher."""
+"""Discriminative Stable Diffusion (arXiv 2305.10722): a diffusion model as an image-text matcher."""

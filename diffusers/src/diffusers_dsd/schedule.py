@@ -1,4 +1,4 @@
-"""Which timesteps a score looks at, and the noise it looks through (design: one noise per timestep for all)."""
+"""Which timesteps a score looks at, and the noise that every image and text meets there."""
 
 import torch
 
@@ -29,7 +29,7 @@ def timestep_grid(sampling_steps: int) -> list[int]:
 def shared_noise(seed: int, timestep: int, shape: tuple[int, ...]) -> torch.Tensor:
     """The noise every image and text meets at `timestep`: standard normal, float32, on the CPU.
 
-    It depends on (seed, timestep, shape) alone, so it is the same on every device, process, batch size and order.
+    It depends on (seed, timestep, shape) alone: not on device, process, batch size or order.
 
     Args:
         seed: any non-negative integer.
