@@ -1,1 +1,6 @@
 """Discriminative Stable Diffusion (arXiv 2305.10722): a diffusion model as an image-text matcher."""
+
+from diffusers_dsd.errors import DSDError
+from diffusers_dsd.pipeline import DSDOutput, DSDPipeline
+
+__all__ = ["DSDError", "DSDOutput", "DSDPipeline"]

@@ -19,9 +19,7 @@ def timestep_grid(sampling_steps: int) -> list[int]:
         DSDError: S is outside 1 … 1000.
     """
     if not 1 <= sampling_steps <= NUM_TRAIN_TIMESTEPS:
-        raise DSDError(
-            f"--sampling_time_steps is {sampling_steps}: choose a number from 1 to {NUM_TRAIN_TIMESTEPS}."
-        )
+        raise DSDError(f"--sampling_time_steps is {sampling_steps}: choose a number from 1 to {NUM_TRAIN_TIMESTEPS}.")
     stride = NUM_TRAIN_TIMESTEPS // sampling_steps
     return sorted(NUM_TRAIN_TIMESTEPS - 1 - i for i in range(10, 990, stride))
 

@@ -1,0 +1,114 @@
+"""Reads the attention term A of a score out of an unmodified Diffusers UNet (arXiv 2305.10722, section 3.2).
+
+A UNet's cross-attention compares every place of the picture (queries) with every token of the text (keys). How
+strongly a place responds to the text as a whole is the logsumexp of its logits; A is its mean over places, heads
+and the scored layers.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from diffusers_dsd.errors import DSDError
+
+# "up_blocks.3.attentions.2.transformer_blocks.0.attn2": path, block, attention, transformer block
+_CROSS_ATTENTION = re.compile(
+    r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"
+)
+
+
+def scored_layers(unet: UNet2DConditionModel) -> list[str]:
+    """Names of the cross-attention layers that the attention term reads, in the UNet's order.
+
+    Of the down path, the mid block and the up path: every cross-attention in the last block that has any. Where a
+    transformer has several blocks (SDXL) only its last one counts. 6 layers in Stable Diffusion 1.5 and 2.1.
+
+    Raises:
+        DSDError: the UNet has no cross-attention.
+    """
+    found = []  # (path, block, attention, transformer block, name)
+    for name in unet.attn_processors:
+        if match := _CROSS_ATTENTION.match(name):
+            path, block, attention, depth = match.groups()
+            found.append((path, int(block or 0), int(attention), int(depth), name.removesuffix(".processor")))
+    if not found:
+        raise DSDError("This model's UNet has no cross-attention, so it cannot match pictures with text.")
+    layers = []
+    for path in ("down_blocks", "mid_block", "up_blocks"):
+        last_block = max((layer[1] for layer in found if layer[0] == path), default=None)
+        last = {layer[2]: layer for layer in sorted(found) if layer[:2] == (path, last_block)}
+        layers += [layer[4] for layer in last.values()]  # the dict kept the deepest block of each transformer
+    return layers
+
+
+class AttentionReader:
+    """What the scored layers saw in the latest UNet call.
+
+    Attributes:
+        readings: for each scored layer its reading, (rows,) float32, with gradient where the call had one.
+    """
+
+    def __init__(self) -> None:
+        self.readings: dict[str, torch.Tensor] = {}
+
+    def mean(self) -> torch.Tensor:
+        """A for each row of the latest UNet call, (rows,): every layer counts alike, whatever its size."""
+        return torch.stack(list(self.readings.values())).mean(dim=0)  # (layers, rows) -> (rows,)
+
+
+class ScoredAttnProcessor:
+    """Cross-attention that makes its logits once: their logsumexp is the reading, and the output follows from it."""
+
+    def __init__(self, reader: AttentionReader, name: str) -> None:
+        self.reader = reader
+        self.name = name
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: None = None,  # Diffusers passes it; padding counts, so nothing is ever masked
+    ) -> torch.Tensor:
+        def split_heads(tensor: torch.Tensor) -> torch.Tensor:  # (rows, n, heads*d) -> (rows, heads, n, d)
+            return tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query = split_heads(attn.to_q(hidden_states))
+        key = split_heads(attn.to_k(encoder_hidden_states))
+        value = split_heads(attn.to_v(encoder_hidden_states))
+        # float32 whatever the weights are: a logsumexp in float16 is only good to 3 digits
+        logits = (query.float() * attn.scale) @ key.float().transpose(-1, -2)  # (rows, heads, queries, tokens)
+        logsumexp = logits.logsumexp(dim=-1, keepdim=True)  # (rows, heads, queries, 1)
+        self.reader.readings[self.name] = logsumexp.mean(dim=(1, 2, 3))  # (rows,)
+        output = (logits - logsumexp).exp().to(value.dtype) @ value  # (rows, heads, queries, d)
+        output = output.transpose(1, 2).flatten(2)  # (rows, queries, heads*d)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+@contextmanager
+def read_attention(unet: UNet2DConditionModel) -> Iterator[AttentionReader]:
+    """Patches the UNet's attention while the context lasts and yields what the scored layers read.
+
+    All other layers use `scaled_dot_product_attention`. The previous processors come back when the context is
+    left, also through an exception.
+
+    Raises:
+        DSDError: the UNet has no cross-attention.
+    """
+    reader = AttentionReader()
+    layers = set(scored_layers(unet))
+    previous = dict(unet.attn_processors)
+    fast = AttnProcessor2_0()
+    patched = {}
+    for name in previous:
+        layer = name.removesuffix(".processor")
+        patched[name] = ScoredAttnProcessor(reader, layer) if layer in layers else fast
+    try:
+        unet.set_attn_processor(patched)
+        yield reader
+    finally:
+        unet.set_attn_processor(dict(previous))  # a copy, because it empties what it is given

@@ -1,0 +1,152 @@
+"""The formula against a slow, obvious implementation, and that a score depends on its pair alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_dsd import DSDError
+from diffusers_dsd.attention import read_attention
+from diffusers_dsd.schedule import shared_noise, timestep_grid
+from models import tiny_pipeline, tiny_sdxl
+
+TEXTS = ["a red circle", "two dogs left of a tree", "a man at a table"]
+
+
+def pictures(count=3):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def slow_score(pipe, image, text, steps, score="hybrid", halves="cond", seed=0):
+    """One pair, one timestep, one UNet call at a time, straight from design.md's formula."""
+    pixels = np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC), dtype=np.float64)
+    pixels = torch.tensor(pixels.transpose(2, 0, 1).copy() / 127.5 - 1).float()[None]
+    terms = []
+    with torch.no_grad():
+        z0 = pipe.vae.config.scaling_factor * pipe.vae.encode(pixels).latent_dist.mean
+
+        def embed(text):
+            ids = pipe.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            return pipe.text_encoder(ids)[0]
+
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        for t in timestep_grid(steps):
+            abar = torch.prod(1 - betas[: t + 1])
+            noise = shared_noise(seed, t, (4, 8, 8))[None]
+            z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * noise
+
+            def half(text, z_t=z_t, t=t, abar=abar, noise=noise):
+                with read_attention(pipe.unet) as reader:
+                    output = pipe.unet(z_t, t, embed(text)).sample
+                if pipe.scheduler.config.prediction_type == "v_prediction":
+                    output = abar.sqrt() * output + (1 - abar).sqrt() * z_t
+                return reader.mean().item(), (noise - output).double().square().sum().sqrt().item()
+
+            (a_text, e_text), (a_empty, e_empty) = half(text), half("")
+            attention = (a_text + a_empty) / 2 if halves == "both" else a_text
+            terms.append(
+                {
+                    "attention": attention,
+                    "denoising": e_empty - e_text,
+                    "hybrid": attention + e_empty - e_text,
+                }[score]
+            )
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("score", ["hybrid", "attention", "denoising"])
+@pytest.mark.parametrize("halves", ["cond", "both"])
+def test_scores_match_the_slow_implementation(prediction_type, score, halves):
+    pipe, images = tiny_pipeline(prediction_type), pictures(2)
+    out = pipe.score(images, TEXTS, sampling_steps=4, score=score, halves=halves, seed=7)
+    assert out.scores.shape == (2, 3) and out.scores.dtype == torch.float32
+    for i, image in enumerate(images):
+        for j, text in enumerate(TEXTS):
+            slow = slow_score(pipe, image, text, 4, score, halves, seed=7)
+            assert out.scores[i, j].item() == pytest.approx(slow, abs=1e-5)
+    torch.testing.assert_close(out.per_timestep.mean(0), out.scores)
+    assert out.timesteps == timestep_grid(4) and len(out.per_timestep) == len(out.timesteps)
+    assert (out.attention is None) == (score == "denoising")
+    assert (out.denoising is None) == (score == "attention")
+    if score == "hybrid":
+        torch.testing.assert_close(out.attention + out.denoising, out.scores)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl])
+def test_a_score_does_not_depend_on_batch_order_or_company(make):
+    pipe, images = make(), pictures(5)
+    alone = pipe.score(images[3], TEXTS[1], sampling_steps=4, batch_size=1).scores.item()
+    among_strangers = pipe.score(images, TEXTS, sampling_steps=4, batch_size=16).scores[3, 1].item()
+    odd_batches = pipe.score(images, TEXTS, sampling_steps=4, batch_size=7).scores[3, 1].item()
+    other_order = pipe.score(images[::-1], TEXTS[::-1], sampling_steps=4).scores[1, 1].item()
+    assert [among_strangers, odd_batches, other_order] == pytest.approx([alone] * 3, abs=1e-5)
+
+
+def test_items_scored_together_get_what_they_get_apart():
+    pipe, images = tiny_pipeline(), pictures(3)
+    items = [(images[:2], TEXTS[:1]), (images[:1], TEXTS), (images[1:], TEXTS[1:])]
+    together = pipe.score_items(items, sampling_steps=3, batch_size=5)
+    for item, output in zip(items, together, strict=True):
+        apart = pipe.score(*item, sampling_steps=3)
+        torch.testing.assert_close(output.scores, apart.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.denoising, apart.denoising, atol=1e-5, rtol=0)
+
+
+def count_calls(pipe, monkeypatch):
+    """Numbers of rows that the VAE, the text encoder and the UNet are given, in calls and in all."""
+    rows = {"vae": [], "text": [], "unet": []}
+    encode, unet, text = pipe.vae.encode, pipe.unet.forward, pipe.text_encoder.forward
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: rows["vae"].append(len(x)) or encode(x))
+    monkeypatch.setattr(pipe.unet, "forward", lambda x, *a, **k: rows["unet"].append(len(x)) or unet(x, *a, **k))
+    monkeypatch.setattr(pipe.text_encoder, "forward", lambda x, **k: rows["text"].append(len(x)) or text(x, **k))
+    return rows
+
+
+def test_no_work_is_repeated(monkeypatch):
+    pipe, images = tiny_pipeline(), pictures(2)
+    rows = count_calls(pipe, monkeypatch)
+    pipe.score_items([(images, TEXTS), (images[:1], TEXTS[:2])], sampling_steps=5, batch_size=16)
+    assert sum(rows["vae"]) == 2, "each image once"
+    assert sum(rows["text"]) == len(TEXTS) + 1, "each text once, and the empty one"
+    assert sum(rows["unet"]) == 5 * (2 + 6 + 2), "the empty half once per image and timestep"
+    assert rows["unet"] == [16, 16, 16, 2], "batches are full across images, texts and timesteps"
+
+
+@pytest.mark.parametrize(("halves", "empties"), [("cond", 0), ("both", 2)])
+def test_the_empty_half_is_computed_only_where_the_score_needs_it(monkeypatch, halves, empties):
+    pipe = tiny_pipeline()
+    rows = count_calls(pipe, monkeypatch)
+    pipe.score(pictures(2), TEXTS, sampling_steps=1, score="attention", halves=halves)
+    assert sum(rows["unet"]) == 2 * 3 + empties
+
+
+def test_noise_is_shared_and_can_be_given():
+    pipe, images = tiny_pipeline(), pictures(2)
+    noise = torch.stack([shared_noise(3, t, (4, 8, 8)) for t in timestep_grid(2)])
+    given = pipe.score(images, TEXTS, sampling_steps=2, noise=noise)
+    torch.testing.assert_close(given.scores, pipe.score(images, TEXTS, sampling_steps=2, seed=3).scores)
+    assert (given.scores - pipe.score(images, TEXTS, sampling_steps=2, seed=4).scores).abs().max() > 1e-4
+    with pytest.raises(DSDError, match=r"noise is \(1, 4, 8, 8\)"):
+        pipe.score(images, TEXTS, sampling_steps=2, noise=noise[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sampling_steps": 0}, "choose a number from 1 to 1000"),
+        ({"score": "best"}, "no score 'best'"),
+        ({"halves": "left"}, "no halves 'left'"),
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"texts": []}, "nothing to score"),
+        ({"texts": [None]}, "give strings"),
+        ({"images": ["no/such.png"]}, "no/such.png"),
+        ({"images": [torch.zeros(3, 8, 8)]}, r"takes \(3, 16, 16\)"),
+        ({"images": [torch.full((3, 16, 16), 255.0)]}, r"outside \[-1, 1\]"),
+    ],
+)
+def test_bad_input_is_one_sentence(change, sentence):
+    with pytest.raises(DSDError, match=sentence):
+        tiny_pipeline().score(**{"images": pictures(1), "texts": TEXTS, "sampling_steps": 1} | change)
