@@ -29,7 +29,7 @@ _MIRRORS = {  # removed from the hub; the same weights
 
 def default_model(benchmark: str) -> str:
     """The model for a benchmark where none is named: the bundled one for Shapes, otherwise the paper's."""
-    return str(SHAPES_SD) if benchmark.lower().startswith("shapes") else SD_2_1_BASE
+    return SHAPES_SD.name if benchmark.lower().startswith("shapes") else SD_2_1_BASE
 
 
 def resolve_model(name: str) -> str:

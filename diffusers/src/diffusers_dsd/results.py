@@ -1,0 +1,203 @@
+"""A results folder: one line of JSON per scored item, which a run that is killed loses at most one of.
+
+settings.json               what the scores depend on; another run with the same settings may go on here
+scores-00000.jsonl …        what each process has scored so far
+scores.jsonl                all items in order, once the run is complete
+results.json                figures, settings, versions
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_dsd.errors import DSDError
+
+SCORES_NAME = "scores.jsonl"
+RESULTS_NAME = "results.json"
+SETTINGS_NAME = "settings.json"
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow", "diffusers-dsd")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all: to a temporary name, then renamed.
+
+    Raises:
+        DSDError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise _cannot_write(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value as indented JSON; NaN is refused.
+
+    Raises:
+        DSDError: the file cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def load_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file, one by one; a half-written last line is dropped.
+
+    Raises:
+        DSDError: a line that is not the last is damaged.
+    """
+    for _, record in _records_with_offsets(path):
+        yield record
+
+
+class ResultsFolder:
+    """Where an evaluation writes; several processes may open the same folder.
+
+    Args:
+        path: the folder, made where it is missing.
+        settings: everything the scores depend on, as JSON.
+
+    Raises:
+        DSDError: the folder cannot be written, or holds results of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self._files: dict[int, Any] = {}
+        file = path / SETTINGS_NAME
+        if file.is_file():
+            self._compare(file, settings)
+        else:
+            if (path / SCORES_NAME).exists():
+                raise DSDError(f"{path} holds scores without {SETTINGS_NAME}: choose another --results_dir.")
+            write_json(file, settings)
+
+    def _compare(self, file: Path, settings: dict[str, Any]) -> None:
+        try:
+            previous = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DSDError(f"{file} cannot be read ({error}): choose another --results_dir.") from error
+        settings = json.loads(json.dumps(settings))
+        for name in [*settings, *previous]:
+            old, new = previous.get(name), settings.get(name)
+            if old != new:
+                raise DSDError(
+                    f"{self.path} holds results of other settings ({name} was {old!r} and is now {new!r}): choose "
+                    f"another --results_dir."
+                )
+
+    def done_ids(self) -> set[str]:
+        """Ids of the items that are scored already, by any process of any run."""
+        return {record["id"] for path in self._parts() for record in load_records(path)}
+
+    def append(self, record: dict[str, Any], shard: int) -> None:
+        """Adds an item's record to a process's own shard; on disk (but for a power cut) when this returns.
+
+        Args:
+            record: holds at least "id" and "index".
+            shard: the process's number; no two processes write the same one.
+
+        Raises:
+            DSDError: the file cannot be written, or the record holds NaN.
+        """
+        path = self.path / f"scores-{shard:05}.jsonl"
+        try:
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise DSDError(f"The record of item {record['id']} holds a score that is not a number.") from error
+        try:
+            if shard not in self._files:
+                _drop_half_line(path)
+                self._files[shard] = path.open("a", encoding="utf-8")
+            self._files[shard].write(line + "\n")
+            self._files[shard].flush()
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def merge(self) -> None:
+        """Puts all shards together as scores.jsonl, by index, each item once; then removes the shards."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        parts = self._parts()
+        places = {}  # index -> (file, offset): the records themselves may be larger than memory
+        for path in parts:
+            for offset, record in _records_with_offsets(path):
+                places[record["index"]] = (path, offset)
+        target = self.path / SCORES_NAME
+        temporary = target.with_name(f".{SCORES_NAME}.tmp")
+        opened = {path: path.open("rb") for path in parts}
+        try:
+            with temporary.open("wb") as file:
+                for index in sorted(places):
+                    path, offset = places[index]
+                    opened[path].seek(offset)
+                    file.write(opened[path].readline())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        finally:
+            for file in opened.values():
+                file.close()
+        for path in parts:
+            if path != target:
+                path.unlink()
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes results.json."""
+        write_json(self.path / RESULTS_NAME, summary)
+
+    def _parts(self) -> list[Path]:
+        merged = self.path / SCORES_NAME
+        return ([merged] if merged.is_file() else []) + sorted(self.path.glob("scores-[0-9]*.jsonl"))
+
+
+def versions() -> dict[str, str]:
+    """What the figures were computed with: packages, Python, machine."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {package.replace("-", "_"): version(package) for package in _PACKAGES} | {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {device}",
+    }
+
+
+def _records_with_offsets(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each record with the byte its line starts at. A last line without its end was cut by a kill: dropped."""
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield offset, json.loads(line)
+            except ValueError as error:
+                raise DSDError(f"Line {number} of {path} is damaged: choose another --results_dir.") from error
+            offset += len(line)
+
+
+def _drop_half_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        whole = 0
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+        file.truncate(whole)
+
+
+def _cannot_write(path: Path, error: OSError) -> DSDError:
+    return DSDError(f"{path} cannot be written ({error.strerror or error}): choose another folder or free some space.")

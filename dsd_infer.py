@@ -1,0 +1,322 @@
+"""Evaluates a diffusion model as an image-text matcher on a benchmark.
+
+    accelerate launch dsd_infer.py                                         # the bundled model on Shapes
+    accelerate launch dsd_infer.py --val_data ComVG_obj --sampling_time_steps 40 --output_dir CHECKPOINT
+
+Every process takes every n-th item and writes what it scored line by line; the first one puts the lines together
+and computes the figures. `--help` lists the flags.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of optional packages that no score needs
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers.utils.logging import disable_progress_bar
+from tqdm import tqdm
+
+from custom_datasets import BENCHMARKS, Item, MatchingDataset, get_dataset
+from diffusers_dsd import DSDError, DSDOutput, DSDPipeline
+from diffusers_dsd.cli import (
+    ends_in_a_sentence,
+    in_every_process,
+    make_accelerator,
+    non_negative_int,
+    positive_int,
+    wait_for_the_others,
+)
+from diffusers_dsd.metrics import MAIN_FIGURE, format_table, item_outcomes, summarise
+from diffusers_dsd.models import VERSIONS, default_model, load_pipeline, resolve_model
+from diffusers_dsd.results import SCORES_NAME, ResultsFolder, load_records, versions
+from diffusers_dsd.schedule import timestep_grid
+from diffusers_dsd.scoring import SCORES, num_rows
+
+ROOT = Path(__file__).resolve().parent
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FULL_BATCHES = 8  # UNet calls that one group of items should fill, so that few are cut short
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("benchmark")
+    data.add_argument(
+        "--val_data",
+        default="Shapes",
+        metavar="NAME",
+        help=f"one of {', '.join(BENCHMARKS)} (default: Shapes)",
+    )
+    data.add_argument(
+        "--data_root",
+        type=Path,
+        default=ROOT.parent,
+        metavar="DIR",
+        help="folder that holds Visual_Genome, refcocog, vqav2, winoground (default: the folder this checkout is in)",
+    )
+    data.add_argument("--limit", type=positive_int, metavar="N", help="take the first N items (default: all)")
+    data.add_argument(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        help="of the noise, the random wrong candidates and the drawn scenes (default: 0)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        help='a hub name, a folder, or "shapes-sd" (default: shapes-sd for Shapes, otherwise 2.1-base)',
+    )
+    model.add_argument(
+        "--version",
+        choices=list(VERSIONS),
+        help="short for --model with the weights of this Stable Diffusion",
+    )
+    model.add_argument(
+        "--output_dir",
+        "--checkpoint",
+        dest="checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="attention prompts to load: a checkpoint folder or file (default: none)",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="of the weights (default: accelerate's --mixed_precision, otherwise float16 on GPU and float32 on CPU)",
+    )
+
+    score = parser.add_argument_group("score")
+    score.add_argument(
+        "--sampling_time_steps",
+        "--sampling_steps",
+        type=int,
+        default=40,
+        metavar="S",
+        help="timesteps to average over, 1 to 1000 (default: 40)",
+    )
+    score.add_argument(
+        "--score",
+        choices=SCORES,
+        default=None,
+        help="attention + denoising term, or one of them (default: hybrid)",
+    )
+    score.add_argument("--bias", action="store_true", help="the attention term only: another name of --score attention")
+    score.add_argument(
+        "--halves",
+        choices=["auto", "both", "cond"],
+        default="auto",
+        help="attention of the text's own half, or averaged with the empty text's (default: as the checkpoint was "
+        "trained, cond without one)",
+    )
+    score.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        metavar="1.0",
+        help="kept from the original; a score compares unguided noise estimates, so only 1 (or 0) is accepted",
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--batchsize",
+        type=positive_int,
+        default=16,
+        metavar="ROWS",
+        help="most rows (timestep, image, text) in one UNet call; it does not change the scores (default: 16)",
+    )
+    run.add_argument(
+        "--results_dir",
+        type=Path,
+        metavar="DIR",
+        help="where to write scores.jsonl and results.json (default: results/BENCHMARK-MODEL-TIME)",
+    )
+    args = parser.parse_args(argv)
+
+    if args.guidance_scale not in (0, 1):
+        parser.error(
+            f"--guidance_scale {args.guidance_scale}: a score compares unguided noise estimates, so leave it out."
+        )
+    if args.bias and args.score not in (None, "attention"):
+        parser.error(f"--bias is --score attention, and --score {args.score} was given too: choose one of them.")
+    if args.model and args.version:
+        parser.error(f"--model {args.model} and --version {args.version} both choose a model: leave one out.")
+    args.score = "attention" if args.bias else args.score or "hybrid"
+    args.model = args.model or VERSIONS.get(args.version) or default_model(args.val_data)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    with ends_in_a_sentence("dsd_infer.py"):
+        evaluate(args, make_accelerator())
+
+
+def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Scores this process's share of the benchmark's items; the main process writes the figures."""
+    pipe, dataset = in_every_process(accelerator, lambda: load(args, accelerator))
+    total = min(len(dataset), args.limit or len(dataset))
+    settings = {
+        "val_data": dataset.name,
+        "model": args.model,
+        "checkpoint": str(args.checkpoint) if args.checkpoint else None,
+        "sampling_time_steps": args.sampling_time_steps,
+        "score": args.score,
+        "halves": pipe.resolve_halves(args.halves),
+        "seed": args.seed,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "limit": args.limit,
+    }
+    results = in_every_process(accelerator, lambda: open_results(args, settings))
+    done = results.done_ids()
+    accelerator.wait_for_everyone()  # nobody writes before everybody has read what is done
+
+    start = time.perf_counter()
+    shard = range(accelerator.process_index, total, accelerator.num_processes)
+    bar = tqdm(total=len(shard), unit="item", disable=not accelerator.is_main_process, desc=dataset.name)
+    right = scored = 0
+    for group in groups_of_items(dataset, shard, done, settings, args.batchsize):
+        outputs = pipe.score_items(
+            [(item.images, item.texts) for item in group.values()],
+            sampling_steps=args.sampling_time_steps,
+            score=args.score,
+            halves=args.halves,
+            seed=args.seed,
+            batch_size=args.batchsize,
+        )
+        for (index, item), output in zip(group.items(), outputs, strict=True):
+            record = make_record(dataset, index, item, output)
+            results.append(record, shard=accelerator.process_index)
+            right, scored = right + record["correct"], scored + 1
+        bar.update(len(group))
+        bar.set_postfix_str(f"right {right / scored:.3f}")
+    bar.close()
+    wait_for_the_others(accelerator)
+    if accelerator.is_main_process:
+        run = {
+            "batchsize": args.batchsize,
+            "num_processes": accelerator.num_processes,
+            "device": str(accelerator.device),
+            "command": " ".join(["dsd_infer.py", *sys.argv[1:]]),
+        }
+        seconds = (time.perf_counter() - start) / max(1, total - len(done))
+        finish(results, dataset, total, settings, run, seconds)
+    accelerator.end_training()
+
+
+def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple[DSDPipeline, MatchingDataset]:
+    """The model on this process's device, and the benchmark at the model's resolution."""
+    timestep_grid(args.sampling_time_steps)
+    # The benchmark is read first as well: a missing file should not wait for gigabytes of weights.
+    get_dataset(args.val_data, args.data_root, seed=args.seed)
+    dtype = DTYPES.get(args.dtype) or DTYPES.get(
+        {"fp16": "float16", "bf16": "bfloat16"}.get(accelerator.mixed_precision, ""),
+        torch.float16 if accelerator.device.type == "cuda" else torch.float32,
+    )
+    if not accelerator.is_main_process:
+        disable_progress_bar()
+    pipe = load_pipeline(resolve_model(args.model), dtype)
+    if args.checkpoint:
+        pipe.load_attention_prompts(args.checkpoint)
+    pipe.to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, get_dataset(args.val_data, args.data_root, resize=pipe.resolution, seed=args.seed)
+
+
+def open_results(args: argparse.Namespace, settings: dict[str, Any]) -> ResultsFolder:
+    """The results folder, the same one in every process."""
+    path = args.results_dir or ROOT / "results" / "-".join(
+        [settings["val_data"], Path(args.model).name, time.strftime("%Y%m%d-%H%M%S")]
+    )
+    path = Path(broadcast_object_list([str(path)])[0])  # the main process's clock names it
+    return ResultsFolder(path, settings)
+
+
+def groups_of_items(
+    dataset: MatchingDataset, shard: range, done: set[str], settings: dict[str, Any], batch_size: int
+) -> Iterator[dict[int, Item]]:
+    """The items of a shard that are not done, by index, a few at a time so that UNet calls are full."""
+    group, rows = {}, 0
+    for index in shard:
+        item = dataset[index]
+        if item.id in done:
+            continue
+        group[index] = item
+        rows += num_rows(
+            len(item.images),
+            len(item.texts),
+            settings["sampling_time_steps"],
+            settings["score"],
+            settings["halves"],
+        )
+        if rows >= _FULL_BATCHES * batch_size:
+            yield group
+            group, rows = {}, 0
+    if group:
+        yield group
+
+
+def make_record(dataset: MatchingDataset, index: int, item: Item, output: DSDOutput) -> dict[str, Any]:
+    """One line of scores.jsonl; scores are lists of (images) lists of (texts).
+
+    Raises:
+        DSDError: a score is not a number.
+    """
+    if not output.scores.isfinite().all():
+        raise DSDError(
+            f"The score of item {item.id} of {dataset.name} is not a number: use --dtype float32 or bfloat16, and "
+            f"check the model's weights."
+        )
+    outcomes = item_outcomes(dataset.metrics, output.scores.tolist(), item.label)
+    return {
+        "index": index,
+        "id": item.id,
+        "label": item.label,
+        "texts": item.texts,
+        "images": item.image_ids,
+        "scores": output.scores.tolist(),
+        "attention": None if output.attention is None else output.attention.tolist(),
+        "denoising": None if output.denoising is None else output.denoising.tolist(),
+        "correct": bool(outcomes[MAIN_FIGURE[dataset.metrics]]),
+        "tags": item.tags,
+    }
+
+
+def finish(
+    results: ResultsFolder,
+    dataset: MatchingDataset,
+    total: int,
+    settings: dict[str, Any],
+    run: dict[str, Any],
+    seconds_per_item: float,
+) -> None:
+    """Puts the shards together, computes the figures, writes results.json and prints the table."""
+    results.merge()
+    records = load_records(results.path / SCORES_NAME)
+    metrics = summarise(
+        (item_outcomes(dataset.metrics, record["scores"], record["label"]), record["tags"]) for record in records
+    )
+    results.write_summary(
+        {
+            "metrics": metrics,
+            "settings": settings,
+            "run": run,
+            "versions": versions(),
+            "seconds_per_item": seconds_per_item,
+        }
+    )
+    print(f"{dataset.name}, {settings['score']} score, seed {settings['seed']}")
+    print(format_table(metrics))
+    print(f"Scores of every item and results.json are in {results.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The results folder: nothing lost, nothing twice, nothing half-written."""
+
+import json
+
+import pytest
+
+from diffusers_dsd import DSDError
+from diffusers_dsd.results import SCORES_NAME, ResultsFolder, load_records, versions, write_json, write_text
+
+SETTINGS = {"model": "tiny", "seed": 0, "checkpoint": None}
+
+
+def record(index):
+    return {"index": index, "id": f"item-{index}", "scores": [[0.1 * index, 1.0]], "texts": ["à “b”"]}
+
+
+def filled(path, shards, count=7):
+    folder = ResultsFolder(path, SETTINGS)
+    for index in range(count):
+        folder.append(record(index), shard=index % shards)
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_shards_come_together_in_order(tmp_path, shards):
+    folder = filled(tmp_path / "out", shards)
+    assert folder.done_ids() == {f"item-{i}" for i in range(7)}
+    folder.merge()
+    assert list(load_records(tmp_path / "out" / SCORES_NAME)) == [record(i) for i in range(7)]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [SCORES_NAME, "settings.json"]
+
+
+def test_a_killed_run_is_continued_by_another_number_of_processes(tmp_path):
+    filled(tmp_path, 3, count=4)
+    again = ResultsFolder(tmp_path, SETTINGS)
+    done = again.done_ids()
+    assert len(done) == 4
+    for index in range(7):
+        if f"item-{index}" not in done:
+            again.append(record(index), shard=0)
+    again.merge()
+    assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(7)]
+
+
+def test_a_kill_between_merging_and_removing_the_shards_counts_nothing_twice(tmp_path):
+    folder = filled(tmp_path, 2)
+    shards = {path: path.read_bytes() for path in tmp_path.glob("scores-*")}
+    folder.merge()
+    for path, content in shards.items():
+        path.write_bytes(content)
+    again = ResultsFolder(tmp_path, SETTINGS)
+    assert len(again.done_ids()) == 7
+    again.merge()
+    assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(7)]
+
+
+def test_a_last_line_cut_anywhere_is_dropped_and_written_again(tmp_path):
+    whole = filled(tmp_path / "whole", 1, count=2)
+    shard = (whole.path / "scores-00000.jsonl").read_bytes()
+    first = shard.index(b"\n") + 1
+    for cut in range(first, len(shard)):
+        path = tmp_path / f"cut-{cut}"
+        folder = ResultsFolder(path, SETTINGS)
+        (path / "scores-00000.jsonl").write_bytes(shard[:cut])
+        assert folder.done_ids() == {"item-0"}
+        folder.append(record(1), shard=0)
+        folder.merge()
+        assert list(load_records(path / SCORES_NAME)) == [record(0), record(1)]
+
+
+def test_other_settings_are_refused_by_the_first_difference(tmp_path):
+    filled(tmp_path, 1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DSDError, match=r"seed was 0 and is now 1\): choose another --results_dir"):
+        ResultsFolder(tmp_path, SETTINGS | {"seed": 1})
+    with pytest.raises(DSDError, match="checkpoint was None and is now 'x'"):
+        ResultsFolder(tmp_path, SETTINGS | {"checkpoint": "x"})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_scores_of_unknown_settings_and_damaged_lines_are_refused(tmp_path):
+    (tmp_path / SCORES_NAME).write_text("{}\n")
+    with pytest.raises(DSDError, match=r"without settings\.json"):
+        ResultsFolder(tmp_path, SETTINGS)
+    (tmp_path / "bad.jsonl").write_text('{"id": "a"}\nnot json\n{"id": "b"}\n')
+    with pytest.raises(DSDError, match=r"Line 2 of .*bad\.jsonl"):
+        list(load_records(tmp_path / "bad.jsonl"))
+
+
+def test_nan_is_never_written(tmp_path):
+    folder = ResultsFolder(tmp_path, SETTINGS)
+    with pytest.raises(DSDError, match="item-3"):
+        folder.append(record(3) | {"scores": [[float("nan")]]}, shard=0)
+    assert not folder.done_ids()
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DSDError, match=r"file/out/settings.json cannot be written"):
+        ResultsFolder(tmp_path / "file" / "out", SETTINGS)
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    target = tmp_path / "a.json"
+    write_json(target, {"n": 1})
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(DSDError, match="No space left on device"):
+        write_text(target, "half")
+    assert json.loads(target.read_text()) == {"n": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_versions_name_the_packages_and_the_machine():
+    assert {"torch", "diffusers", "diffusers_dsd", "python", "machine"} <= set(versions())
