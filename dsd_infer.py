@@ -181,24 +181,23 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     start = time.perf_counter()
     shard = range(accelerator.process_index, total, accelerator.num_processes)
-    bar = tqdm(total=len(shard), unit="item", disable=not accelerator.is_main_process, desc=dataset.name)
     right = scored = 0
-    for group in groups_of_items(dataset, shard, done, settings, args.batchsize):
-        outputs = pipe.score_items(
-            [(item.images, item.texts) for item in group.values()],
-            sampling_steps=args.sampling_time_steps,
-            score=args.score,
-            halves=args.halves,
-            seed=args.seed,
-            batch_size=args.batchsize,
-        )
-        for (index, item), output in zip(group.items(), outputs, strict=True):
-            record = make_record(dataset, index, item, output)
-            results.append(record, shard=accelerator.process_index)
-            right, scored = right + record["correct"], scored + 1
-        bar.update(len(group))
-        bar.set_postfix_str(f"right {right / scored:.3f}")
-    bar.close()
+    with tqdm(total=len(shard), unit="item", disable=not accelerator.is_main_process, desc=dataset.name) as bar:
+        for group in groups_of_items(dataset, shard, done, settings, args.batchsize):
+            outputs = pipe.score_items(
+                [(item.images, item.texts) for item in group.values()],
+                sampling_steps=args.sampling_time_steps,
+                score=args.score,
+                halves=args.halves,
+                seed=args.seed,
+                batch_size=args.batchsize,
+            )
+            for (index, item), output in zip(group.items(), outputs, strict=True):
+                record = make_record(dataset, index, item, output)
+                results.append(record, shard=accelerator.process_index)
+                right, scored = right + record["correct"], scored + 1
+            bar.update(len(group))
+            bar.set_postfix_str(f"right {right / scored:.3f}")
     wait_for_the_others(accelerator)
     if accelerator.is_main_process:
         run = {

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -68,7 +67,7 @@ def make_accelerator(**options: Any) -> Accelerator:
 def _torchrun_command() -> list[str] | None:
     """What `accelerate launch` was asked for, told by the parent's command line, as a torchrun command."""
     command = psutil.Process().parent().cmdline()
-    start = next((i for i, word in enumerate(command) if Path(word).stem.endswith("launch")), None)
+    start = next((i for i, word in enumerate(command) if word.removesuffix(".py").endswith("launch")), None)
     if start is None:
         return None
     asked = launch_command_parser().parse_args(command[start + 1 :])
