@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
+demo: $(VENV)/installed
+	$(BIN)/python assets/demo.py
+
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

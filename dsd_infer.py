@@ -9,11 +9,8 @@ and computes the figures. `--help` lists the flags.
 
 import argparse
 import os
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of optional packages that no score needs
 
@@ -21,27 +18,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.utils.logging import disable_progress_bar
-from tqdm import tqdm
 
-from custom_datasets import BENCHMARKS, Item, MatchingDataset, get_dataset
-from diffusers_dsd import DSDError, DSDOutput, DSDPipeline
+from custom_datasets import BENCHMARKS, MatchingDataset, get_dataset
+from diffusers_dsd import DSDPipeline
 from diffusers_dsd.cli import (
     ends_in_a_sentence,
     in_every_process,
     make_accelerator,
     non_negative_int,
     positive_int,
-    wait_for_the_others,
 )
-from diffusers_dsd.metrics import MAIN_FIGURE, format_table, item_outcomes, summarise
+from diffusers_dsd.evaluation import ScoreSettings, evaluate
+from diffusers_dsd.metrics import format_table
 from diffusers_dsd.models import VERSIONS, default_model, load_pipeline, resolve_model
-from diffusers_dsd.results import SCORES_NAME, ResultsFolder, load_records, versions
 from diffusers_dsd.schedule import timestep_grid
-from diffusers_dsd.scoring import SCORES, num_rows
+from diffusers_dsd.scoring import SCORES
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FULL_BATCHES = 8  # UNet calls that one group of items should fill, so that few are cut short
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -157,57 +151,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with ends_in_a_sentence("dsd_infer.py"):
-        evaluate(args, make_accelerator())
+        run(args, make_accelerator())
 
 
-def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Scores this process's share of the benchmark's items; the main process writes the figures."""
-    pipe, dataset = in_every_process(accelerator, lambda: load(args, accelerator))
-    total = min(len(dataset), args.limit or len(dataset))
-    settings = {
-        "val_data": dataset.name,
-        "model": args.model,
-        "checkpoint": str(args.checkpoint) if args.checkpoint else None,
-        "sampling_time_steps": args.sampling_time_steps,
-        "score": args.score,
-        "halves": pipe.resolve_halves(args.halves),
-        "seed": args.seed,
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "limit": args.limit,
-    }
-    results = in_every_process(accelerator, lambda: open_results(args, settings))
-    done = results.done_ids()
-    accelerator.wait_for_everyone()  # nobody writes before everybody has read what is done
-
-    start = time.perf_counter()
-    shard = range(accelerator.process_index, total, accelerator.num_processes)
-    right = scored = 0
-    with tqdm(total=len(shard), unit="item", disable=not accelerator.is_main_process, desc=dataset.name) as bar:
-        for group in groups_of_items(dataset, shard, done, settings, args.batchsize):
-            outputs = pipe.score_items(
-                [(item.images, item.texts) for item in group.values()],
-                sampling_steps=args.sampling_time_steps,
-                score=args.score,
-                halves=args.halves,
-                seed=args.seed,
-                batch_size=args.batchsize,
-            )
-            for (index, item), output in zip(group.items(), outputs, strict=True):
-                record = make_record(dataset, index, item, output)
-                results.append(record, shard=accelerator.process_index)
-                right, scored = right + record["correct"], scored + 1
-            bar.update(len(group))
-            bar.set_postfix_str(f"right {right / scored:.3f}")
-    wait_for_the_others(accelerator)
+def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Scores this process's share of the benchmark's items; the main process writes and prints the figures."""
+    pipe, benchmark = in_every_process(accelerator, lambda: load(args, accelerator))
+    default_folder = "-".join([benchmark.name, Path(args.model).name, time.strftime("%Y%m%d-%H%M%S")])
+    folder = Path(broadcast_object_list([str(args.results_dir or ROOT / "results" / default_folder)])[0])
+    figures = evaluate(
+        pipe,
+        benchmark,
+        ScoreSettings(
+            sampling_steps=args.sampling_time_steps,
+            score=args.score,
+            halves=pipe.resolve_halves(args.halves),
+            seed=args.seed,
+            batch_size=args.batchsize,
+        ),
+        folder,
+        accelerator,
+        limit=args.limit,
+        settings={"model": args.model, "checkpoint": str(args.checkpoint) if args.checkpoint else None},
+    )
     if accelerator.is_main_process:
-        run = {
-            "batchsize": args.batchsize,
-            "num_processes": accelerator.num_processes,
-            "device": str(accelerator.device),
-            "command": " ".join(["dsd_infer.py", *sys.argv[1:]]),
-        }
-        seconds = (time.perf_counter() - start) / max(1, total - len(done))
-        finish(results, dataset, total, settings, run, seconds)
+        print(f"{benchmark.name}, {args.score} score, seed {args.seed}")
+        print(format_table(figures))
+        print(f"Scores of every item and results.json are in {folder}")
     accelerator.end_training()
 
 
@@ -228,93 +198,6 @@ def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple[DSDPipelin
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, get_dataset(args.val_data, args.data_root, resize=pipe.resolution, seed=args.seed)
-
-
-def open_results(args: argparse.Namespace, settings: dict[str, Any]) -> ResultsFolder:
-    """The results folder, the same one in every process."""
-    path = args.results_dir or ROOT / "results" / "-".join(
-        [settings["val_data"], Path(args.model).name, time.strftime("%Y%m%d-%H%M%S")]
-    )
-    path = Path(broadcast_object_list([str(path)])[0])  # the main process's clock names it
-    return ResultsFolder(path, settings)
-
-
-def groups_of_items(
-    dataset: MatchingDataset, shard: range, done: set[str], settings: dict[str, Any], batch_size: int
-) -> Iterator[dict[int, Item]]:
-    """The items of a shard that are not done, by index, a few at a time so that UNet calls are full."""
-    group, rows = {}, 0
-    for index in shard:
-        item = dataset[index]
-        if item.id in done:
-            continue
-        group[index] = item
-        rows += num_rows(
-            len(item.images),
-            len(item.texts),
-            settings["sampling_time_steps"],
-            settings["score"],
-            settings["halves"],
-        )
-        if rows >= _FULL_BATCHES * batch_size:
-            yield group
-            group, rows = {}, 0
-    if group:
-        yield group
-
-
-def make_record(dataset: MatchingDataset, index: int, item: Item, output: DSDOutput) -> dict[str, Any]:
-    """One line of scores.jsonl; scores are lists of (images) lists of (texts).
-
-    Raises:
-        DSDError: a score is not a number.
-    """
-    if not output.scores.isfinite().all():
-        raise DSDError(
-            f"The score of item {item.id} of {dataset.name} is not a number: use --dtype float32 or bfloat16, and "
-            f"check the model's weights."
-        )
-    outcomes = item_outcomes(dataset.metrics, output.scores.tolist(), item.label)
-    return {
-        "index": index,
-        "id": item.id,
-        "label": item.label,
-        "texts": item.texts,
-        "images": item.image_ids,
-        "scores": output.scores.tolist(),
-        "attention": None if output.attention is None else output.attention.tolist(),
-        "denoising": None if output.denoising is None else output.denoising.tolist(),
-        "correct": bool(outcomes[MAIN_FIGURE[dataset.metrics]]),
-        "tags": item.tags,
-    }
-
-
-def finish(
-    results: ResultsFolder,
-    dataset: MatchingDataset,
-    total: int,
-    settings: dict[str, Any],
-    run: dict[str, Any],
-    seconds_per_item: float,
-) -> None:
-    """Puts the shards together, computes the figures, writes results.json and prints the table."""
-    results.merge()
-    records = load_records(results.path / SCORES_NAME)
-    metrics = summarise(
-        (item_outcomes(dataset.metrics, record["scores"], record["label"]), record["tags"]) for record in records
-    )
-    results.write_summary(
-        {
-            "metrics": metrics,
-            "settings": settings,
-            "run": run,
-            "versions": versions(),
-            "seconds_per_item": seconds_per_item,
-        }
-    )
-    print(f"{dataset.name}, {settings['score']} score, seed {settings['seed']}")
-    print(format_table(metrics))
-    print(f"Scores of every item and results.json are in {results.path}")
 
 
 if __name__ == "__main__":
