@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from diffusers_dsd.errors import DSDError
@@ -108,6 +111,41 @@ def check_prompts_fit(prompts: AttentionPrompts, unet: UNet2DConditionModel, mod
         )
     if bad := [key for key, tensor in prompts.state_dict.items() if not tensor.isfinite().all()]:
         raise DSDError(f"{prompts.path} holds NaN or infinite numbers ({bad[0]}): use an earlier checkpoint.")
+
+
+def add_attention_prompts(unet: UNet2DConditionModel, rank: int, seed: int) -> list[torch.nn.Parameter]:
+    """Freezes a UNet and adds new attention prompts to it, as the trainable PEFT adapter "dsd" (scale 1).
+
+    They change nothing yet: the down-projections are normal with deviation 1/rank, the up-projections zero.
+
+    Args:
+        unet: without the adapter "dsd".
+        rank: of each update; 4 in the paper.
+        seed: of the down-projections.
+
+    Returns:
+        The trainable weights, float32 whatever the UNet's are.
+    """
+    unet.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGET_MODULES)),
+            ADAPTER_NAME,
+        )
+    cast_training_params(unet, dtype=torch.float32)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def attention_prompts_of(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The attention prompts that a UNet holds, under the names of `AttentionPrompts.state_dict`, on the CPU."""
+    tensors = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def set_attention_prompts(unet: UNet2DConditionModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Overwrites the values of the attention prompts that a UNet holds, in place."""
+    set_peft_model_state_dict(unet, tensors, adapter_name=ADAPTER_NAME)
 
 
 def expected_shapes(unet: UNet2DConditionModel) -> dict[str, tuple[int, int]]:

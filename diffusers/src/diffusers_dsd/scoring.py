@@ -16,14 +16,14 @@ from itertools import islice
 
 import torch
 
-from diffusers_dsd.attention import read_attention
+from diffusers_dsd.attention import AttentionReader, read_attention
 from diffusers_dsd.denoiser import EpsilonDenoiser
 from diffusers_dsd.errors import DSDError
 from diffusers_dsd.schedule import timestep_grid
 
 SCORES = ("hybrid", "attention", "denoising")
 HALVES = ("both", "cond")
-_EMPTY = -1  # index of the empty text among the prompt embeddings
+EMPTY = -1  # index of the empty text among the prompt embeddings
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def score_pairs(
     """
     check_score(score, halves)
     images = sorted({image for image, _ in pairs}) if needs_empty_text(score, halves) else []
-    columns = [(image, _EMPTY) for image in images] + list(pairs)  # what is looked at, at every timestep
+    columns = [(image, EMPTY) for image in images] + list(pairs)  # what is looked at, at every timestep
     device = latents.device
     grid = torch.as_tensor(timesteps, device=device)  # (T,)
     noise = noise.to(device)
@@ -127,10 +127,9 @@ def score_pairs(
     with read_attention(denoiser.unet) as reader:
         while batch := list(islice(rows, batch_size)):
             at, image, text = (list(index) for index in zip(*batch, strict=True))
-            noisy = denoiser.add_noise(latents[image], noise[at], grid[at])  # (rows, C, h, w)
-            estimate = denoiser(noisy, grid[at], **prompts.rows(text))
-            errors.append(_norm(noise[at] - estimate))  # (rows,)
-            attentions.append(reader.mean())  # (rows,)
+            attention, error = measure(denoiser, reader, latents[image], noise[at], grid[at], prompts, text)
+            attentions.append(attention)
+            errors.append(error)
             on_batch(len(batch))
     shape = (len(timesteps), len(columns))
     attention, error = (torch.cat(values).view(shape).cpu().double() for values in (attentions, errors))
@@ -142,6 +141,31 @@ def score_pairs(
     if halves == "both":
         attention = (attention + attention_empty[:, own]) / 2
     return PairScores(None if score == "denoising" else attention.float(), denoising)
+
+
+def measure(
+    denoiser: EpsilonDenoiser,
+    reader: AttentionReader,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompts: PromptEmbeddings,
+    texts: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a score is made of, for one UNet call: A and ‖ε_t - ε̂(z_t, t, y)‖₂ of each row, with gradient if enabled.
+
+    Args:
+        denoiser: the model, patched by `reader`'s context.
+        reader: reads the attention.
+        latents: z0 of each row, (rows, C, h, w).
+        noise: ε_t of each row, (rows, C, h, w).
+        timesteps: (rows,).
+        prompts: the texts.
+        texts: each row's text, `EMPTY` for the empty one.
+    """
+    noisy = denoiser.add_noise(latents, noise, timesteps)  # (rows, C, h, w)
+    estimate = denoiser(noisy, timesteps, **prompts.rows(texts))
+    return reader.mean(), _norm(noise - estimate)  # each (rows,)
 
 
 def _norm(residual: torch.Tensor) -> torch.Tensor:
