@@ -36,6 +36,8 @@ def test_accuracy_and_recall_of_one_row_or_one_column(transposed):
         ([[1, 2], [2, 1]], 0, 0),
         ([[2, 2], [1, 3]], 0, 1),  # a tie is not a win
         ([[2, 1], [2, 3]], 1, 0),
+        ([[3, 1], [2, 2]], 0, 1),
+        ([[3, 1], [0, 1]], 1, 0),
     ],
 )
 def test_winoground(scores, text, image):
@@ -46,6 +48,12 @@ def test_winoground(scores, text, image):
 def test_winoground_refuses_nan():
     with pytest.raises(DSDError, match="not a number"):
         item_outcomes("winoground", [[1.0, 0.0], [0.0, float("nan")]], None)
+
+
+@pytest.mark.parametrize("label", [None, -1, 2])
+def test_a_label_that_is_no_candidate_is_refused(label):
+    with pytest.raises(DSDError, match=f"is {label}, which is none of its 2 candidates"):
+        item_outcomes("accuracy", [[1.0, 2.0]], label)
 
 
 def test_the_bootstrap_agrees_with_resampling_item_by_item():

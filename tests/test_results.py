@@ -1,6 +1,9 @@
 """The results folder: nothing lost, nothing twice, nothing half-written."""
 
 import json
+import os
+import resource
+from contextlib import contextmanager
 
 import pytest
 
@@ -68,6 +71,34 @@ def test_a_last_line_cut_anywhere_is_dropped_and_written_again(tmp_path):
         assert list(load_records(path / SCORES_NAME)) == [record(0), record(1)]
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_half_line_in_a_shard_that_nobody_continues_is_dropped(tmp_path, shards):
+    filled(tmp_path, 3, count=3)
+    shard = tmp_path / "scores-00002.jsonl"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    again = ResultsFolder(tmp_path, SETTINGS)
+    assert again.done_ids() == {"item-0", "item-1"}
+    for index in range(2, 7):
+        again.append(record(index), shard=index % shards)
+    again.merge()
+    assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(7)]
+
+
+def test_each_record_can_be_read_while_the_writer_is_still_open(tmp_path):
+    folder = ResultsFolder(tmp_path, SETTINGS)
+    for index in range(3):
+        folder.append(record(index), shard=0)
+        assert len(list(load_records(tmp_path / "scores-00000.jsonl"))) == index + 1
+
+
+def test_texts_that_are_not_unicode_come_back_as_they_were(tmp_path):
+    settings = SETTINGS | {"model": "caf\udce9"}  # what Python makes of a Latin-1 file name
+    folder = ResultsFolder(tmp_path, settings)
+    folder.append(record(0) | {"texts": ["\udce9", "\u2028", "😀"]}, shard=0)
+    ResultsFolder(tmp_path, settings).merge()
+    assert next(load_records(tmp_path / SCORES_NAME))["texts"] == ["\udce9", "\u2028", "😀"]
+
+
 def test_other_settings_are_refused_by_the_first_difference(tmp_path):
     filled(tmp_path, 1)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -85,6 +116,9 @@ def test_scores_of_unknown_settings_and_damaged_lines_are_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"id": "a"}\nnot json\n{"id": "b"}\n')
     with pytest.raises(DSDError, match=r"Line 2 of .*bad\.jsonl"):
         list(load_records(tmp_path / "bad.jsonl"))
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(DSDError, match=r"settings\.json cannot be read"):
+        ResultsFolder(tmp_path, SETTINGS)
 
 
 def test_nan_is_never_written(tmp_path):
@@ -98,6 +132,45 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DSDError, match=r"file/out/settings.json cannot be written"):
         ResultsFolder(tmp_path / "file" / "out", SETTINGS)
+    with pytest.raises(DSDError, match="File name too long"):
+        ResultsFolder(tmp_path / ("a" * 300), SETTINGS)
+
+
+def test_a_shard_that_cannot_be_read_is_one_sentence(tmp_path):
+    folder = filled(tmp_path, 1)
+    (tmp_path / "scores-00001.jsonl").mkdir()
+    with pytest.raises(DSDError, match=r"scores-00001\.jsonl cannot be read"):
+        folder.done_ids()
+    with pytest.raises(DSDError, match=r"scores-00001\.jsonl cannot be read"):
+        folder.merge()
+
+
+@contextmanager
+def small_disk():
+    """Writing a file beyond 1000 bytes fails, as on a full disk (pytest's own log too, so keep it short)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
+    count = 30
+    with pytest.raises(DSDError, match=r"scores-00000\.jsonl cannot be written"), small_disk():
+        filled(tmp_path, 1, count)
+    folder = ResultsFolder(tmp_path, SETTINGS)
+    done = folder.done_ids()
+    assert {f"item-{i}" for i in range(5)} < done < {f"item-{i}" for i in range(count)}
+    for index in range(count):
+        if f"item-{index}" not in done:
+            folder.append(record(index), shard=1)
+    with pytest.raises(DSDError, match=r"scores\.jsonl cannot be written"), small_disk():
+        folder.merge()
+    assert not list(tmp_path.glob(".*.tmp")) and not (tmp_path / SCORES_NAME).exists()
+    folder.merge()
+    assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(count)]
 
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):
@@ -108,6 +181,19 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
         write_text(target, "half")
     assert json.loads(target.read_text()) == {"n": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_two_machines_with_the_same_process_number_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def while_another_writes(descriptor):
+        monkeypatch.setattr("os.fsync", fsync)
+        write_text(tmp_path / "a.json", "same")
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", while_another_writes)
+    write_text(tmp_path / "a.json", "same")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["same"]
 
 
 def test_versions_name_the_packages_and_the_machine():

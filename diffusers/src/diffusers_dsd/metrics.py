@@ -47,7 +47,7 @@ def item_outcomes(metric: Metric, scores: Sequence[Sequence[float]], label: int 
         label: index of the right image or text; None for winoground, where text i belongs to image i.
 
     Raises:
-        DSDError: a score is not a number.
+        DSDError: a score is not a number, or the label is not the index of a candidate.
     """
     flat = [score for row in scores for score in row]
     if metric == "winoground":
@@ -56,7 +56,9 @@ def item_outcomes(metric: Metric, scores: Sequence[Sequence[float]], label: int 
         text = s00 > s01 and s11 > s10  # each image prefers its own caption
         image = s00 > s10 and s11 > s01  # each caption prefers its own image
         return {"text_score": float(text), "image_score": float(image), "group_score": float(text and image)}
-    rank = rank_of(flat, label or 0)
+    if label is None or not 0 <= label < len(flat):
+        raise DSDError(f"The label of an item is {label}, which is none of its {len(flat)} candidates.")
+    rank = rank_of(flat, label)
     if metric == "recall":
         return {"recall@1": float(rank < 1), "recall@5": float(rank < 5)}
     return {"accuracy": float(rank < 1)}

@@ -9,10 +9,12 @@ results.json                figures, settings, versions
 import json
 import os
 import platform
+import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -30,17 +32,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DSDError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise _cannot_write(path, error) from error
+    with _replacing(path) as file:
+        file.write(_encode(text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -56,7 +49,7 @@ def load_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSON-lines file, one by one; a half-written last line is dropped.
 
     Raises:
-        DSDError: a line that is not the last is damaged.
+        DSDError: the file cannot be read, or a whole line of it is damaged.
     """
     for _, record in _records_with_offsets(path):
         yield record
@@ -75,18 +68,24 @@ class ResultsFolder:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, BinaryIO] = {}
         file = path / SETTINGS_NAME
-        if file.is_file():
+        try:
+            has_settings, has_scores = file.is_file(), (path / SCORES_NAME).exists()
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise _cannot_write(file, error) from error
+        if has_settings:
             self._compare(file, settings)
+        elif has_scores:
+            raise DSDError(f"{path} holds scores without {SETTINGS_NAME}: choose another --results_dir.")
         else:
-            if (path / SCORES_NAME).exists():
-                raise DSDError(f"{path} holds scores without {SETTINGS_NAME}: choose another --results_dir.")
             write_json(file, settings)
 
     def _compare(self, file: Path, settings: dict[str, Any]) -> None:
         try:
             previous = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(previous, dict):
+                raise ValueError("it holds no names and values")
         except (OSError, ValueError) as error:
             raise DSDError(f"{file} cannot be read ({error}): choose another --results_dir.") from error
         settings = json.loads(json.dumps(settings))
@@ -120,14 +119,18 @@ class ResultsFolder:
         try:
             if shard not in self._files:
                 _drop_half_line(path)
-                self._files[shard] = path.open("a", encoding="utf-8")
-            self._files[shard].write(line + "\n")
+                self._files[shard] = path.open("ab")
+            self._files[shard].write(_encode(line + "\n"))
             self._files[shard].flush()
         except OSError as error:
             raise _cannot_write(path, error) from error
 
     def merge(self) -> None:
-        """Puts all shards together as scores.jsonl, by index, each item once; then removes the shards."""
+        """Puts all shards together as scores.jsonl, by index, each item once; then removes the shards.
+
+        Raises:
+            DSDError: a shard cannot be read, or scores.jsonl not be written; the shards are still there then.
+        """
         for file in self._files.values():
             file.close()
         self._files = {}
@@ -137,22 +140,12 @@ class ResultsFolder:
             for offset, record in _records_with_offsets(path):
                 places[record["index"]] = (path, offset)
         target = self.path / SCORES_NAME
-        temporary = target.with_name(f".{SCORES_NAME}.tmp")
-        opened = {path: path.open("rb") for path in parts}
-        try:
-            with temporary.open("wb") as file:
-                for index in sorted(places):
-                    path, offset = places[index]
-                    opened[path].seek(offset)
-                    file.write(opened[path].readline())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except OSError as error:
-            raise _cannot_write(target, error) from error
-        finally:
-            for file in opened.values():
-                file.close()
+        with _replacing(target) as file, ExitStack() as stack:
+            opened = {path: stack.enter_context(path.open("rb")) for path in parts}
+            for index in sorted(places):
+                path, offset = places[index]
+                opened[path].seek(offset)
+                file.write(opened[path].readline())
         for path in parts:
             if path != target:
                 path.unlink()
@@ -175,18 +168,46 @@ def versions() -> dict[str, str]:
     }
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which appears as `path` once it is whole and on disk, and not before."""
+    # not the process's number: two machines that share the folder may have the same one
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):  # it is gone if all went well
+            temporary.unlink()
+
+
+def _encode(text: str) -> bytes:
+    r"""UTF-8; half a surrogate pair (from a file name in another encoding, say) as \udc80, as JSON spells it."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
 def _records_with_offsets(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each record with the byte its line starts at. A last line without its end was cut by a kill: dropped."""
-    with path.open("rb") as file:
-        offset = 0
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield offset, json.loads(line)
-            except ValueError as error:
-                raise DSDError(f"Line {number} of {path} is damaged: choose another --results_dir.") from error
-            offset += len(line)
+    try:
+        with path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise DSDError(f"Line {number} of {path} is damaged: choose another --results_dir.") from error
+                yield offset, record
+                offset += len(line)
+    except OSError as error:
+        raise DSDError(f"{path} cannot be read ({error.strerror or error}).") from error
 
 
 def _drop_half_line(path: Path) -> None:
