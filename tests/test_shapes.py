@@ -207,7 +207,10 @@ def test_bad_arguments_are_refused_in_one_sentence(call, words):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for a model this small, more threads are slower, beside another program much slower
+    yield StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    torch.set_num_threads(threads)
 
 
 def test_model_folder_is_small_and_safe():

@@ -23,7 +23,7 @@ LOOKS = ("plain", "shift")
 
 # How far "shift" is from what shapes-sd was trained on: 0 is only outlines, 1 is strong clutter and noise.
 # Tuned so that the untuned denoising score of shapes-sd lies well between chance and perfect.
-SHIFT_STRENGTH = 0.5
+SHIFT_STRENGTH = 0.4
 
 PALETTE = {
     "red": (214, 36, 36),
