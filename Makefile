@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one thread each: two would fight over two cores
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
