@@ -28,6 +28,25 @@ def non_negative_int(text: str) -> int:
     return _int_from(0, text)
 
 
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    number = non_negative_float(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return number
+
+
+def non_negative_float(text: str) -> float:
+    """An argparse type: a finite number, 0 or above."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of 0 or above")
+    return number
+
+
 def _int_from(least: int, text: str) -> int:
     try:
         number = int(text)

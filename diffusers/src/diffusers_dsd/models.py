@@ -48,8 +48,16 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DSDPipeline:
+def load_pipeline(
+    name: str, dtype: torch.dtype = torch.float32, revision: str | None = None, cache_dir: Path | None = None
+) -> DSDPipeline:
     """Loads a model by its resolved name, on the CPU.
+
+    Args:
+        name: a folder or a hub name.
+        dtype: of the weights.
+        revision: branch, tag or commit on the hub.
+        cache_dir: where downloads are kept; the hub's own cache where it is None.
 
     Raises:
         DSDError: the weights are not there, or the folder does not hold a Stable Diffusion pipeline.
@@ -59,7 +67,8 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DSDPipeline:
         if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
             raise DSDError(f"There is no model folder {name}: give --model a folder that exists or a hub name.")
         try:
-            folder = Path(DSDPipeline.download(name, safety_checker=None, feature_extractor=None))
+            options = {"revision": revision, "cache_dir": cache_dir, "safety_checker": None, "feature_extractor": None}
+            folder = Path(DSDPipeline.download(name, **options))
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise DSDError(
                 f"The weights of {name} are not on this machine and could not be downloaded: run `hf download {name}` "

@@ -102,6 +102,7 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
             )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.attention_prompts: AttentionPrompts | None = None
+        self._resolution: int | None = None
         self._reported_as_truncated: set[str] = set()
 
     @classmethod
@@ -116,8 +117,19 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
 
     @property
     def resolution(self) -> int:
-        """Width and height, in pixels, of the pictures the model was trained on."""
-        return self.unet.config.sample_size * self.vae_scale_factor
+        """Width and height of images in pixels: what the model was trained on, unless another is set.
+
+        Raises:
+            DSDError: when set to what the UNet cannot halve as often as it has to.
+        """
+        return self._resolution or self.unet.config.sample_size * self.vae_scale_factor
+
+    @resolution.setter
+    def resolution(self, pixels: int) -> None:
+        unit = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if pixels < unit or pixels % unit:
+            raise DSDError(f"A resolution of {pixels} does not fit this model: choose a multiple of {unit}.")
+        self._resolution = pixels
 
     @property
     def denoiser(self) -> EpsilonDenoiser:

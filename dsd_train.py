@@ -1,0 +1,697 @@
+"""Learns attention prompts for a diffusion model from few examples, so that it matches images and texts better.
+
+    accelerate launch dsd_train.py --pretrained_model_name_or_path shapes-sd --train_data Shapes --output_dir output
+
+Freezes the model, adds low-rank updates to every attention of its UNet, and teaches them with a hinge loss to score
+the right pair above the hardest wrong one. Checkpoints load in dsd_infer.py (`--output_dir CHECKPOINT`), in
+DSDPipeline and in any Diffusers pipeline.
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of optional packages that no score needs
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.utils.logging import disable_progress_bar
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from custom_datasets import BENCHMARKS, Item, MatchingDataset, get_dataset
+from diffusers_dsd import DSDError, DSDPipeline
+from diffusers_dsd.checkpoints import (
+    BEST_NAME,
+    checkpoints_in,
+    find_checkpoint,
+    finish_replacing,
+    load_state,
+    remove_oldest,
+    save_checkpoint,
+)
+from diffusers_dsd.cli import (
+    ends_in_a_sentence,
+    in_every_process,
+    make_accelerator,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
+from diffusers_dsd.evaluation import ScoreSettings, evaluate
+from diffusers_dsd.hub import model_card, push_to_hub
+from diffusers_dsd.images import to_tensor
+from diffusers_dsd.metrics import MAIN_FIGURE, Figure, format_table
+from diffusers_dsd.models import load_pipeline, resolve_model
+from diffusers_dsd.prompts import (
+    add_attention_prompts,
+    attention_prompts_of,
+    check_prompts_fit,
+    read_attention_prompts,
+    set_attention_prompts,
+)
+from diffusers_dsd.results import versions, write_text
+from diffusers_dsd.schedule import timestep_grid
+from diffusers_dsd.scoring import HALVES, SCORES
+from diffusers_dsd.training import Draws, Example, StepOutcome, draw_timestep_and_noise, hinge_step
+
+ROOT = Path(__file__).resolve().parent
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    trainable = ", ".join(name for name, benchmark in BENCHMARKS.items() if "train" in benchmark.modes)
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add(
+        "--pretrained_model_name_or_path",
+        "--model",
+        dest="model",
+        default="shapes-sd",
+        metavar="NAME",
+        help='a hub name, a folder, or "shapes-sd" (default: shapes-sd)',
+    )
+    add("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
+    add("--cache_dir", type=Path, metavar="DIR", help="where downloaded models are kept (default: the hub's cache)")
+    add("--tokenizer", metavar="DIR", help="folder of another tokenizer of the same vocabulary (default: the model's)")
+    add(
+        "--prediction_type",
+        choices=["epsilon", "v_prediction"],
+        help="what the UNet predicts (default: as the model's scheduler says)",
+    )
+    add("--rank", type=positive_int, default=4, help="of the low-rank updates (default: 4)")
+
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--train_data", default="Shapes", metavar="NAME", help=f"one of {trainable} (default: Shapes)")
+    add("--val_data", metavar="NAME", help="benchmark to evaluate at the end, and for --validation (default: none)")
+    add(
+        "--data_root",
+        type=Path,
+        default=ROOT.parent,
+        metavar="DIR",
+        help="folder that holds Visual_Genome, refcocog, vqav2 (default: the folder this checkout is in)",
+    )
+    add(
+        "--max_train_samples",
+        type=positive_int,
+        metavar="N",
+        help="take the first N training items (default: all of the benchmark's few-shot share)",
+    )
+    add(
+        "--resolution",
+        type=positive_int,
+        metavar="PIXELS",
+        help="width and height of the images (default: the model's own)",
+    )
+    add(
+        "--dataloader_num_workers",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="processes that read images (default: 0, the main one)",
+    )
+
+    loss = parser.add_argument_group("loss")
+    add = loss.add_argument
+    add("--score", choices=SCORES, help="the score to train (default: hybrid)")
+    add("--bias", action="store_true", help="train the attention term only: another name of --score attention")
+    add(
+        "--halves",
+        choices=HALVES,
+        default="cond",
+        help="attention of the text's own half, or averaged with the empty text's (default: cond)",
+    )
+    add("--margin", type=non_negative_float, default=0.1, help="how far the right pair should be ahead (default: 0.1)")
+    add(
+        "--independent_noise",
+        action="store_true",
+        help="another timestep and noise for every candidate, as in the original (default: shared by an item's)",
+    )
+    add(
+        "--noise_offset",
+        type=non_negative_float,
+        default=0.0,
+        help="deviation of noise added to each channel as a whole (default: 0)",
+    )
+
+    steps = parser.add_argument_group("optimization")
+    add = steps.add_argument
+    add(
+        "--num_train_epochs",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="passes over the training items (default: 1)",
+    )
+    add(
+        "--max_train_steps",
+        type=positive_int,
+        metavar="N",
+        help="optimizer steps, whatever the number of epochs (default: as the epochs give)",
+    )
+    add(
+        "--train_batch_size",
+        type=positive_int,
+        default=1,
+        metavar="ITEMS",
+        help="items per process that go through the UNet together (default: 1)",
+    )
+    add(
+        "--val_batch_size",
+        type=positive_int,
+        default=16,
+        metavar="ROWS",
+        help="most rows in a UNet call without gradient (default: 16)",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="batches in one optimizer step (default: 1)",
+    )
+    add("--gradient_checkpointing", action="store_true", help="compute activations twice to save memory")
+    add("--learning_rate", type=positive_float, default=1e-4, help="(default: 1e-4)")
+    add("--scale_lr", action="store_true", help="multiply the learning rate by the items in one optimizer step")
+    add(
+        "--lr_scheduler",
+        choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
+        default="constant",
+        help="(default: constant)",
+    )
+    add(
+        "--lr_warmup_steps",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="steps in which the rate rises (default: 0)",
+    )
+    add("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW (GPU)")
+    add("--adam_beta1", type=non_negative_float, default=0.9, help="(default: 0.9)")
+    add("--adam_beta2", type=non_negative_float, default=0.999, help="(default: 0.999)")
+    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="(default: 0.01)")
+    add("--adam_epsilon", type=positive_float, default=1e-8, help="(default: 1e-8)")
+    add("--max_grad_norm", type=positive_float, default=1.0, help="longer gradients are shortened to this (default: 1)")
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="of the frozen weights; the prompts stay float32 (default: accelerate's, otherwise no)",
+    )
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs: faster, 3 digits")
+    add(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        help="of prompts, order, timesteps, noise, drawn scenes (default: 0)",
+    )
+
+    run = parser.add_argument_group("checkpoints, validation, logs")
+    add = run.add_argument
+    add("--output_dir", type=Path, default=Path("output"), metavar="DIR", help="where checkpoints go (default: output)")
+    add(
+        "--checkpointing_steps",
+        type=positive_int,
+        default=500,
+        metavar="N",
+        help="steps between checkpoints (default: 500)",
+    )
+    add("--checkpoints_total_limit", type=positive_int, metavar="N", help="keep the newest N (default: all)")
+    add(
+        "--resume_from_checkpoint",
+        metavar="PATH",
+        help='go on from a checkpoint folder, or from "latest" in --output_dir',
+    )
+    add("--validation", action="store_true", help=f"evaluate held-out items between, and keep the best as {BEST_NAME}")
+    add(
+        "--validation_epochs",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="validate at every N-th checkpoint (default: 1)",
+    )
+    add(
+        "--val_num",
+        type=positive_int,
+        default=100,
+        metavar="ITEMS",
+        help="held-out items to validate with (default: 100)",
+    )
+    add(
+        "--use_validation_split",
+        action="store_true",
+        help="validate with the last --val_num training items, which are then not trained on (default: with the first "
+        "of --val_data)",
+    )
+    add(
+        "--sampling_time_steps",
+        type=int,
+        default=40,
+        metavar="S",
+        help="timesteps of every evaluation, 1 to 1000 (default: 40)",
+    )
+    add("--report_to", choices=[*TRACKERS, "all", "none"], default="tensorboard", help="(default: tensorboard)")
+    add("--logging_dir", default="logs", metavar="DIR", help="of the trackers, in --output_dir (default: logs)")
+    add("--push_to_hub", action="store_true", help="upload the final checkpoint with a model card")
+    add("--hub_model_id", metavar="NAME", help="repository to upload to (default: the name of --output_dir)")
+    add("--hub_token", metavar="TOKEN", help="(default: what `hf auth login` stored)")
+    args = parser.parse_args(argv)
+
+    if args.bias and args.score not in (None, "attention"):
+        parser.error(f"--bias is --score attention, and --score {args.score} was given too: choose one of them.")
+    args.score = "attention" if args.bias else args.score or "hybrid"
+    if args.validation and not (args.val_data or args.use_validation_split):
+        parser.error("--validation needs held-out items: give --val_data or --use_validation_split.")
+    for beta in ("adam_beta1", "adam_beta2"):
+        if getattr(args, beta) >= 1:
+            parser.error(f"--{beta} {getattr(args, beta)}: choose a number below 1.")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    with ends_in_a_sentence("dsd_train.py"):
+        check_packages(args)
+        if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+            raise DSDError("--mixed_precision fp16 needs a GPU: use bf16 or no.")
+        options = {"mixed_precision": args.mixed_precision, "project_dir": args.output_dir / args.logging_dir}
+        accelerator = make_accelerator(log_with=None if args.report_to == "none" else args.report_to, **options)
+        Training(args, accelerator).run()
+
+
+class Training:
+    """One run of the script: the parts it is made of, and the loop over optimizer steps."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator) -> None:
+        self.args, self.accelerator = args, accelerator
+        self.stop_signal: int | None = None
+        in_every_process(accelerator, self.build)
+
+    # ---- building the parts
+
+    def build(self) -> None:
+        args = self.args
+        timestep_grid(args.sampling_time_steps)
+        self.train_items(resize=32)  # a missing file should not wait for gigabytes of weights
+        if args.val_data:
+            get_dataset(args.val_data, args.data_root, seed=args.seed)
+        make_writable(args.output_dir)
+        finish_replacing(args.output_dir)
+        if args.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        self.pipe = self.load_model()
+        self.weights = add_attention_prompts(self.pipe.unet, args.rank, args.seed)
+        if args.gradient_checkpointing:
+            self.pipe.unet.enable_gradient_checkpointing()
+        self.denoiser = self.pipe.denoiser
+        size = self.pipe.resolution
+        self.latent_shape = (self.pipe.vae.config.latent_channels, *(2 * [size // self.pipe.vae_scale_factor]))
+        self.items = self.train_items(size, transform=functools.partial(to_tensor, resolution=size))
+        self.held_out, self.val_data = self.validation_items(size)
+        self.count = min(len(self.items), args.max_train_samples or len(self.items))
+        if args.use_validation_split:
+            self.count -= args.val_num
+            if self.count < 1:
+                raise DSDError(f"--val_num {args.val_num} leaves no item to train on: choose a smaller number.")
+        self.per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        self.steps_per_epoch = math.ceil(self.count / self.per_step)
+        self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        rate = args.learning_rate * (self.per_step if args.scale_lr else 1)
+        self.optimizer = self.accelerator.prepare(self.make_optimizer(rate))
+        self.schedule = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        self.step, self.best = 0, -math.inf
+        self.figures: dict[str, dict[str, Figure]] = {}
+        if args.resume_from_checkpoint:
+            self.resume()
+        elif checkpoints_in(args.output_dir, args.train_data):
+            raise DSDError(
+                f"--output_dir {args.output_dir} holds checkpoints of an earlier training: go on with "
+                f"--resume_from_checkpoint latest, or choose another folder."
+            )
+
+    def train_items(self, resize: int, transform: Any = None) -> MatchingDataset:
+        args = self.args
+        return get_dataset(args.train_data, args.data_root, transform, resize, mode="train", seed=args.seed)
+
+    def validation_items(self, size: int) -> tuple[Any, MatchingDataset | None]:
+        """The items of --validation, and the benchmark that is evaluated at the end."""
+        args = self.args
+        val_data = get_dataset(args.val_data, args.data_root, resize=size, seed=args.seed) if args.val_data else None
+        if not args.use_validation_split:
+            return val_data, val_data
+        items = self.train_items(size)
+        end = min(len(items), args.max_train_samples or len(items))
+        return Part(items, range(max(0, end - args.val_num), end)), val_data
+
+    def load_model(self) -> DSDPipeline:
+        args, accelerator = self.args, self.accelerator
+        if not accelerator.is_main_process:
+            disable_progress_bar()
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        source = {"revision": args.revision, "cache_dir": args.cache_dir}
+        pipe = load_pipeline(resolve_model(args.model), dtype, **source)
+        if args.tokenizer:
+            pipe.register_modules(tokenizer=read_tokenizer(args.tokenizer))
+        if args.prediction_type:
+            pipe.scheduler.register_to_config(prediction_type=args.prediction_type)
+        if args.resolution:
+            pipe.resolution = args.resolution
+        pipe.to(accelerator.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def make_optimizer(self, rate: float) -> torch.optim.Optimizer:
+        args = self.args
+        kind: Any = torch.optim.AdamW
+        if args.use_8bit_adam:
+            kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
+        betas = (args.adam_beta1, args.adam_beta2)
+        return kind(self.weights, lr=rate, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
+
+    # ---- the loop
+
+    def run(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note_signal)
+        in_every_process(accelerator, self.start_trackers)
+        self.pipe.unet.train()
+        items = self.batches()
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            desc=args.train_data,
+        )
+        with bar:
+            while self.step < self.total_steps:
+                outcome = self.optimizer_step(next(items))
+                if accelerator.is_main_process:
+                    rate = self.schedule.get_last_lr()[0]
+                    figures = {
+                        "loss": outcome.loss / outcome.examples,
+                        "satisfied": outcome.satisfied / outcome.examples,
+                        "learning_rate": rate,
+                    }
+                    bar.set_postfix_str(
+                        f"loss {figures['loss']:.4f}, margin satisfied {figures['satisfied']:.2f}, lr {rate:.1e}"
+                    )
+                    accelerator.log(figures, step=self.step)
+                bar.update()
+                if self.stop_requested:
+                    self.save(f"{args.train_data}-checkpoint-{self.step}")
+                    number = self.stop_signal or signal.SIGTERM
+                    if accelerator.is_main_process:
+                        print(
+                            f"\ndsd_train.py: {signal.Signals(number).name} after step {self.step}; everything is "
+                            f"saved, go on with --resume_from_checkpoint latest.",
+                            file=sys.stderr,
+                        )
+                    raise SystemExit(128 + number)
+                if self.step % args.checkpointing_steps == 0:
+                    self.save(f"{args.train_data}-checkpoint-{self.step}")
+                    if args.validation and self.step % (args.checkpointing_steps * args.validation_epochs) == 0:
+                        self.validate()
+        self.finish()
+
+    def batches(self) -> Iterator[list[list[Item]]]:
+        """For each step from here on this process's items, in batches; a function of seed and step alone."""
+        args, rank, world = self.args, self.accelerator.process_index, self.accelerator.num_processes
+        plan = []
+        for step in range(self.step, self.total_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.count, generator=generator).tolist()
+            plan.append(order[position * self.per_step : (position + 1) * self.per_step][rank::world])
+        loader = iter(
+            DataLoader(
+                self.items,
+                sampler=[index for indices in plan for index in indices],
+                batch_size=None,
+                num_workers=args.dataloader_num_workers,
+            )
+        )
+        for indices in plan:
+            items = [next(loader) for _ in indices]
+            size = args.train_batch_size
+            yield [items[start : start + size] for start in range(0, len(items), size)]
+
+    def optimizer_step(self, batches: list[list[Item]]) -> StepOutcome:
+        """One step on this process's batches, with the gradient of all processes; what it gave, over all of them.
+
+        Raises:
+            DSDError: the loss is not a finite number; the weights are as before.
+        """
+        position = self.step % self.steps_per_epoch
+        in_step = min(self.per_step, self.count - position * self.per_step)  # the last step of an epoch may be short
+        parts = [self.hinge(batch, place, in_step) for place, batch in enumerate(batches)]
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
+        sums = [sum(getattr(part, name) for part in parts) for name in ("loss", "satisfied", "examples")]
+        tail = torch.tensor([*sums, self.stop_signal is not None], dtype=torch.float32, device=self.accelerator.device)
+        # One sum over processes carries everything, so that they all stop, or fail, at the same step.
+        flat: Any = self.accelerator.reduce(torch.cat([*(g.flatten() for g in gradients), tail]), "sum")
+        loss, satisfied, examples, stop = flat[-4:].tolist()
+        if not math.isfinite(loss):
+            self.fail_on(batches, parts)
+        for weight, gradient in zip(self.weights, flat[:-4].split([w.numel() for w in self.weights]), strict=True):
+            weight.grad = gradient.view_as(weight)
+        self.accelerator.clip_grad_norm_(self.weights, self.args.max_grad_norm)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # float16's scaler skips steps whose gradient overflowed
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.stop_requested = stop > 0
+        return StepOutcome(loss, int(satisfied), int(examples), [])
+
+    def hinge(self, batch: list[Item], place: int, in_step: int) -> StepOutcome:
+        """Adds the gradient of one batch, the `place`-th of this process in this step."""
+        args, world = self.args, self.accelerator.num_processes
+        images, texts, examples, drawn = [], [], [], []
+        for number, item in enumerate(batch):
+            # the item's number in the whole training, the same whatever the processes and batches
+            nth = (place * args.train_batch_size + number) * world + self.accelerator.process_index
+            nth += self.step * self.per_step
+            first_draw = len(drawn)
+            for example in examples_of(item):
+                candidates = []
+                for i, (image, text, _) in enumerate(example.candidates):
+                    if i == 0 or args.independent_noise:
+                        draw = nth * 1000 + len(drawn) - first_draw  # no item has more candidates than that
+                        drawn.append(draw_timestep_and_noise(args.seed, draw, self.latent_shape, args.noise_offset))
+                    candidates.append((len(images) + image, len(texts) + text, len(drawn) - 1))
+                examples.append(Example(candidates, example.positive))
+            images += item.images
+            texts += item.texts
+        device = self.accelerator.device
+        return hinge_step(
+            self.denoiser,
+            self.pipe.encode_images(images),
+            self.pipe.encode_texts(texts, args.val_batch_size),
+            examples,
+            Draws(
+                torch.tensor([timestep for timestep, _ in drawn], device=device),
+                torch.stack([noise for _, noise in drawn]).to(device),
+            ),
+            args.score,
+            args.halves,
+            args.margin,
+            1 / in_step,
+            self.accelerator.backward,
+            args.val_batch_size,
+        )
+
+    def fail_on(self, batches: list[list[Item]], parts: list[StepOutcome]) -> None:
+        mine = [item.id for b, part in zip(batches, parts, strict=True) if not math.isfinite(part.loss) for item in b]
+        names = ", ".join(gather_object(mine))
+        if not self.accelerator.is_main_process:
+            raise SystemExit(1)
+        raise DSDError(
+            f"The loss of step {self.step + 1} is not a finite number (items {names} of {self.args.train_data}): "
+            f"choose a smaller --learning_rate, or bf16 for fp16, and go on with --resume_from_checkpoint latest."
+        )
+
+    # ---- what a run leaves behind
+
+    def save(self, name: str) -> Path:
+        """Writes a checkpoint; the main process does, and the others wait for it."""
+        folder = self.args.output_dir / name
+        in_every_process(self.accelerator, lambda: self.save_here(folder) if self.accelerator.is_main_process else None)
+        return folder
+
+    def save_here(self, folder: Path) -> None:
+        args, scaler = self.args, self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "rng": torch.get_rng_state(),
+        }
+        save_checkpoint(folder, attention_prompts_of(self.pipe.unet), self.settings(), state)
+        if args.checkpoints_total_limit:
+            remove_oldest(args.output_dir, args.train_data, args.checkpoints_total_limit)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that led to these weights, and what was measured with them."""
+        unsaid = ("hub_token", "push_to_hub", "hub_model_id", "resume_from_checkpoint", "model")
+        flags = {name: value for name, value in vars(self.args).items() if name not in unsaid}
+        flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+        return self.identity() | flags | {"step": self.step, "versions": versions(), "metrics": self.figures}
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must share with the one it goes on from."""
+        args = self.args
+        same = ("rank", "train_data", "score", "halves", "seed", "max_train_samples", "use_validation_split")
+        return {
+            "pretrained_model_name_or_path": args.model,
+            **{name: getattr(args, name) for name in same},
+            "items_per_step": self.per_step,
+        }
+
+    def resume(self) -> None:
+        args = self.args
+        folder = find_checkpoint(args.resume_from_checkpoint, args.output_dir, args.train_data)
+        if folder is None:
+            print(f"There is no checkpoint in {args.output_dir} yet: starting at step 0.", flush=True)
+            return
+        _, state = load_state(folder, self.identity())
+        prompts = read_attention_prompts(folder)
+        check_prompts_fit(prompts, self.pipe.unet, args.model)
+        set_attention_prompts(self.pipe.unet, prompts.state_dict)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.best = state["step"], state["best"]
+
+    def evaluate(self, benchmark: Any, folder: Path, limit: int | None = None) -> dict[str, Figure]:
+        """The evaluation of dsd_infer.py with the attention prompts as they are now; figures in every process."""
+        if self.accelerator.is_main_process and folder.exists():
+            shutil.rmtree(folder)  # of an earlier training, with other weights
+        self.accelerator.wait_for_everyone()
+        args = self.args
+        how = ScoreSettings(args.sampling_time_steps, args.score, args.halves, args.seed, args.val_batch_size)
+        self.pipe.unet.eval()
+        settings = {"model": args.model, "checkpoint": f"step {self.step} of {args.output_dir}"}
+        figures = evaluate(self.pipe, benchmark, how, folder, self.accelerator, limit, settings)
+        self.pipe.unet.train()
+        return broadcast_object_list([figures])[0]
+
+    def validate(self) -> None:
+        args = self.args
+        folder = args.output_dir / "validation" / f"step-{self.step}"
+        figures = self.evaluate(self.held_out, folder, args.val_num)
+        value = figures[MAIN_FIGURE[self.held_out.metrics]]["value"]
+        self.accelerator.log({f"validation/{name}": figure["value"] for name, figure in figures.items()}, self.step)
+        if value > self.best:
+            self.best = value
+            self.figures = {f"{self.held_out.name} (validation)": figures}
+            self.save(BEST_NAME)
+        # again, because a run that goes on from here must know what the best was
+        self.save(f"{args.train_data}-checkpoint-{self.step}")
+
+    def finish(self) -> None:
+        args, main = self.args, self.accelerator.is_main_process
+        self.figures = {}
+        final = self.save(f"final-checkpoint-{self.step}")
+        if self.val_data is not None:
+            folder = args.output_dir / f"results-{self.val_data.name}"
+            self.figures = {self.val_data.name: self.evaluate(self.val_data, folder)}
+            self.save(final.name)
+        if main:
+            for name, figures in self.figures.items():
+                print(f"{name}, {args.score} score, seed {args.seed}")
+                print(format_table(figures))
+            print(f"The attention prompts are in {final}")
+        self.accelerator.end_training()
+        if args.push_to_hub and main:
+            name = args.hub_model_id or args.output_dir.resolve().name
+            print(push_to_hub(final, name, model_card(name, self.settings(), self.figures), args.hub_token))
+
+    def start_trackers(self) -> None:
+        settings = {name: value for name, value in self.settings().items() if isinstance(value, (str, int, float))}
+        self.accelerator.init_trackers("dsd", config=settings)
+
+    def note_signal(self, number: int, frame: Any) -> None:
+        if self.stop_signal is not None:  # the second time the user means it
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+
+class Part:
+    """Some items of a benchmark."""
+
+    def __init__(self, whole: MatchingDataset, indices: range) -> None:
+        self.whole, self.indices = whole, indices
+        self.name, self.metrics = whole.name, whole.metrics
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.whole[self.indices[index]]
+
+
+def examples_of(item: Item) -> list[Example]:
+    """The questions an item asks: which image fits its text, which text its image, or both for each of n pairs."""
+    images, texts = range(len(item.images)), range(len(item.texts))
+    if item.label is not None:
+        candidates = [(image, text, 0) for image in images for text in texts]
+        return [Example(candidates, item.label)]
+    examples = []
+    for i in images:  # text i belongs to image i: its rivals are in the same row and the same column
+        rivals = [(i, j, 0) for j in texts if j != i] + [(j, i, 0) for j in images if j != i]
+        examples.append(Example([(i, i, 0), *rivals], 0))
+    return examples
+
+
+def read_tokenizer(folder: str) -> CLIPTokenizer:
+    try:
+        if not Path(folder).is_dir():  # Transformers would make an empty tokenizer of nothing
+            raise FileNotFoundError(folder)
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # Transformers raises anything for a folder that is none
+        raise DSDError(f"--tokenizer {folder} is not the folder of a CLIP tokenizer: give another one.") from error
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Raises DSDError for a package that a flag needs and that is not installed."""
+    wanted = {args.report_to: f"--report_to {args.report_to}"} if args.report_to in TRACKERS else {}
+    if args.use_8bit_adam:
+        wanted["bitsandbytes"] = "--use_8bit_adam"
+    for package, flag in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            raise DSDError(f"{flag} needs the package {package}: run `pip install {package}`, or leave the flag out.")
+
+
+def make_writable(folder: Path) -> None:
+    """Raises DSDError where nothing can be written."""
+    write_text(folder / ".writable", "")
+    (folder / ".writable").unlink()
+
+
+if __name__ == "__main__":
+    main()
