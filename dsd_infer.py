@@ -25,6 +25,7 @@ from diffusers_dsd.cli import (
     ends_in_a_sentence,
     in_every_process,
     make_accelerator,
+    non_negative_float,
     non_negative_int,
     positive_int,
 )
@@ -112,6 +113,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "trained, cond without one)",
     )
     score.add_argument(
+        "--attention_weight",
+        type=non_negative_float,
+        metavar="W",
+        help="of the attention term in the hybrid score (default: as learned with the checkpoint, 1 without one)",
+    )
+    score.add_argument(
         "--guidance_scale",
         type=float,
         default=1.0,
@@ -168,6 +175,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             halves=pipe.resolve_halves(args.halves),
             seed=args.seed,
             batch_size=args.batchsize,
+            attention_weight=pipe.resolve_attention_weight(args.attention_weight),
         ),
         folder,
         accelerator,

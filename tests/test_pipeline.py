@@ -92,9 +92,11 @@ def test_a_long_text_is_truncated_and_reported_once(caplog):
     pipe, long_text = tiny_pipeline(), "dog " * 200
     with caplog.at_level("WARNING", logger="diffusers_dsd"):
         first = pipe.score(pictures(1), [long_text, TEXTS[0]], sampling_steps=1).scores
-        pipe.score(pictures(1), [long_text], sampling_steps=1)
+        pipe.score_items([(pictures(1), [long_text])], sampling_steps=1, names=["7"])
+        pipe.score_items([(pictures(1), ["cat " * 80])], sampling_steps=1, names=["8"])
     reports = [record.message for record in caplog.records if "tokens count" in record.message]
-    assert len(reports) == 1 and "'dog dog" in reports[0]
+    assert "item 8: " in reports.pop()
+    assert len(reports) == 1 and "first 75 of 200 tokens" in reports[0] and "'dog dog" in reports[0]
     cut = pipe.score(pictures(1), ["dog " * 75], sampling_steps=1).scores
     torch.testing.assert_close(cut[0, 0], first[0, 0], atol=1e-5, rtol=0)
 

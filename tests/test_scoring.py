@@ -72,6 +72,8 @@ def test_scores_match_the_slow_implementation(prediction_type, score, halves):
     assert (out.denoising is None) == (score == "attention")
     if score == "hybrid":
         torch.testing.assert_close(out.attention + out.denoising, out.scores)
+        weighted = pipe.score(images, TEXTS, sampling_steps=4, halves=halves, seed=7, attention_weight=0.25)
+        torch.testing.assert_close(0.25 * out.attention + out.denoising, weighted.scores)
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl])
@@ -139,6 +141,7 @@ def test_noise_is_shared_and_can_be_given():
         ({"score": "best"}, "no score 'best'"),
         ({"halves": "left"}, "no halves 'left'"),
         ({"batch_size": 0}, "batch size is 0"),
+        ({"attention_weight": float("nan")}, "attention weight is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"texts": []}, "nothing to score"),
         ({"texts": [None]}, "give strings"),

@@ -29,7 +29,7 @@ def through_all_candidates(denoiser, latents, prompts, examples, draws, score, h
                 denoiser, latents, prompts, [(image, text)], [int(draws.timesteps[draw])], draws.noise[draw][None],
                 score, halves, batch_size=2,
             )  # fmt: skip
-            scores.append(pair.total[0, 0])
+            scores.append(pair.total()[0, 0])
         negatives = torch.stack([s for i, s in enumerate(scores) if i != example.positive])
         loss = loss + torch.relu(margin + negatives.max() - scores[example.positive])
         all_scores.append([s.item() for s in scores])

@@ -52,6 +52,7 @@ class ScoreSettings:
     Attributes:
         halves: "both" or "cond"; "auto" is resolved before.
         batch_size: most rows in one UNet call; no score depends on it.
+        attention_weight: w of the hybrid score w·A + B.
     """
 
     sampling_steps: int
@@ -59,6 +60,7 @@ class ScoreSettings:
     halves: str
     seed: int
     batch_size: int
+    attention_weight: float = 1.0
 
 
 def evaluate(
@@ -97,6 +99,7 @@ def evaluate(
         "sampling_time_steps": how.sampling_steps,
         "score": how.score,
         "halves": how.halves,
+        "attention_weight": how.attention_weight,
         "seed": how.seed,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "limit": limit,
@@ -117,6 +120,8 @@ def evaluate(
                 halves=how.halves,
                 seed=how.seed,
                 batch_size=how.batch_size,
+                attention_weight=how.attention_weight,
+                names=[f"{item.id} of {benchmark.name}" for item in group.values()],
             )
             for (index, item), output in zip(group.items(), outputs, strict=True):
                 record = _record(benchmark, index, item, output)

@@ -172,6 +172,14 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
             return halves
         return self.attention_prompts.halves if self.attention_prompts else "cond"
 
+    def resolve_attention_weight(self, attention_weight: float | None) -> float:
+        """w of the hybrid score w·A + B: where none is given, what was learned with the loaded attention prompts."""
+        if attention_weight is None:
+            return self.attention_prompts.attention_weight if self.attention_prompts else 1.0
+        if not 0 <= attention_weight < float("inf"):
+            raise DSDError(f"The attention weight is {attention_weight}: choose a finite number of 0 or above.")
+        return float(attention_weight)
+
     # ---- encoding
 
     @torch.no_grad()
@@ -221,7 +229,7 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
     def encode_texts(self, texts: Sequence[str], batch_size: int = 16) -> PromptEmbeddings:
         """Prompt embeddings of the texts, and of the empty text as the last row, on the execution device.
 
-        A text longer than the tokenizer's maximum is truncated and reported once.
+        A text longer than the tokenizer's maximum is truncated (`score` reports it).
 
         Raises:
             DSDError: a text is not a string.
@@ -262,16 +270,24 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         """Token ids and attention mask, each (k, tokens), padded and truncated to the tokenizer's maximum."""
         texts = [self.maybe_convert_prompt(text, tokenizer) for text in texts]
         longest = tokenizer.model_max_length
-        for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
-            if len(ids) > longest and text not in self._reported_as_truncated:
-                self._reported_as_truncated.add(text)
-                logger.warning(
-                    f"Only the first {longest - 2} of {len(ids) - 2} tokens count in the text {text[:80]!r}…"
-                )
         tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt").to(
             self._execution_device
         )
         return tokens.input_ids, tokens.attention_mask
+
+    def _report_truncated(self, texts: Sequence[str], where: str) -> None:
+        """Says once of each text that is too long how much of it counts."""
+        longest = self.tokenizer.model_max_length
+        for text in texts:
+            # Every token is at least one character, so a short text needs no look.
+            if not isinstance(text, str) or len(text) <= longest - 2 or text in self._reported_as_truncated:
+                continue
+            tokens = len(self.tokenizer(self.maybe_convert_prompt(text, self.tokenizer)).input_ids)
+            if tokens > longest:
+                self._reported_as_truncated.add(text)
+                logger.warning(
+                    f"{where}only the first {longest - 2} of {tokens - 2} tokens count in the text {text[:80]!r}…"
+                )
 
     # ---- scoring
 
@@ -285,6 +301,7 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         seed: int = 0,
         noise: torch.Tensor | None = None,
         batch_size: int = 16,
+        attention_weight: float | None = None,
     ) -> DSDOutput:
         """Scores every image against every text.
 
@@ -298,6 +315,8 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
             seed: of the noise.
             noise: your own noise instead, (T, C, h, w), one row per timestep of the grid.
             batch_size: most rows (timestep, image, text) in one UNet call. It does not change the scores.
+            attention_weight: w of the hybrid score w·A + B; None is what was learned with the attention prompts, 1
+                (the paper's) without any.
 
         Raises:
             DSDError: bad input, or a score that is not a number.
@@ -308,7 +327,15 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         rows = num_rows(len(images), len(texts), sampling_steps, score, self.resolve_halves(halves))
         with self.progress_bar(total=rows) as bar:
             outputs = self.score_items(
-                [(images, texts)], sampling_steps, score, halves, seed, noise, batch_size, on_batch=bar.update
+                [(images, texts)],
+                sampling_steps,
+                score,
+                halves,
+                seed,
+                noise,
+                batch_size,
+                attention_weight,
+                on_batch=bar.update,
             )
         if not outputs[0].scores.isfinite().all():
             raise DSDError("A score is not a number: load the model in float32 or bfloat16, and check its weights.")
@@ -325,14 +352,18 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         seed: int = 0,
         noise: torch.Tensor | None = None,
         batch_size: int = 16,
+        attention_weight: float | None = None,
+        names: Sequence[str] | None = None,
         on_batch: Callable[[int], Any] = lambda rows: None,
     ) -> list[DSDOutput]:
         """`score` for several independent (images, texts), filling each UNet call across all of them.
 
-        An image (by path or object) or a text that occurs in several items is encoded once. `on_batch` is called
-        with the number of rows of each UNet call. Scores that are not numbers are returned as they are.
+        An image (by path or object) or a text that occurs in several items is encoded once. `names` of the items are
+        for messages; `on_batch` is called with the number of rows of each UNet call. Scores that are not numbers are
+        returned as they are.
         """
         halves = self.resolve_halves(halves)
+        weight = self.resolve_attention_weight(attention_weight)
         check_score(score, halves)
         if batch_size < 1:
             raise DSDError(f"The batch size is {batch_size}: choose at least 1.")
@@ -345,6 +376,8 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         texts = _Distinct(text for _, item_texts in items for text in item_texts)
         pairs = [(images.index(i), texts.index(t)) for ims, ts in items for i in ims for t in ts]
 
+        for place, (_, item_texts) in enumerate(items):
+            self._report_truncated(item_texts, f"item {names[place]}: " if names else "")
         prompts = self.encode_texts(texts.values, batch_size)
         latents = self.encode_images(images.values)
         noise = self._noise(noise, timesteps, latents.shape[1:], seed)
@@ -360,7 +393,7 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
             start = part.stop
             attention, denoising, total = (
                 None if term is None else term[:, part].reshape(shape)
-                for term in (result.attention, result.denoising, result.total)
+                for term in (result.attention, result.denoising, result.total(weight))
             )
             outputs.append(
                 DSDOutput(

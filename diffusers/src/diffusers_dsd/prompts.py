@@ -49,6 +49,11 @@ class AttentionPrompts:
         """Which halves of the UNet these prompts were trained with: "both" or "cond"."""
         return self.settings.get("halves", "both" if self.legacy else "cond")
 
+    @property
+    def attention_weight(self) -> float:
+        """w of the hybrid score w·A + B that was learned with these prompts; 1 where none was."""
+        return float(self.settings.get("attention_weight", 1.0))
+
 
 def read_attention_prompts(path: str | Path) -> AttentionPrompts:
     """Reads a checkpoint: a weight file, or a folder that holds one (safetensors is preferred).
@@ -199,7 +204,11 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DSDError(f"{file} cannot be read ({_first_line(error)}): copy the checkpoint again.") from error
-    if not isinstance(settings, dict) or settings.get("halves", "cond") not in ("both", "cond"):
+    if not isinstance(settings, dict) or not (
+        settings.get("halves", "cond") in ("both", "cond")
+        and isinstance(weight := settings.get("attention_weight", 1.0), (int, float))
+        and 0 <= weight < float("inf")
+    ):
         raise DSDError(f"{file} does not hold the settings of a DSD checkpoint: copy the checkpoint again.")
     return settings
 

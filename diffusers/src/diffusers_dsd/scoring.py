@@ -60,11 +60,11 @@ class PairScores:
     attention: torch.Tensor | None
     denoising: torch.Tensor | None
 
-    @property
-    def total(self) -> torch.Tensor:
-        """s_t for every timestep and pair, (T, P)."""
-        terms = [term for term in (self.attention, self.denoising) if term is not None]
-        return sum(terms[1:], start=terms[0])
+    def total(self, attention_weight: float = 1.0) -> torch.Tensor:
+        """s_t for every timestep and pair, (T, P): w·A + B, or the one term there is."""
+        if self.attention is None or self.denoising is None:
+            return next(term for term in (self.attention, self.denoising) if term is not None)
+        return attention_weight * self.attention + self.denoising
 
 
 def needs_empty_text(score: str, halves: str) -> bool:
