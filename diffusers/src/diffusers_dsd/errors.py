@@ -7,3 +7,8 @@ class DSDError(ValueError):
     Scripts print it without a traceback and leave with a non-zero status; library callers may catch it as a
     `ValueError`.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What another library said, short enough for a sentence: its first line, without the full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import DSDError, first_line
 from diffusers_dsd.metrics import Figure
 
 _CARD = """---
@@ -82,6 +82,6 @@ def push_to_hub(folder: Path, name: str, card: ModelCard, token: str | None = No
         # the optimizer's state is of no use to anyone who scores
         api.upload_folder(folder_path=folder, repo_id=address.repo_id, ignore_patterns=["training_state.pt"])
     except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DSDError(f"--push_to_hub: {name} was not uploaded ({reason}); the checkpoint is in {folder}.") from error
+        message = f"--push_to_hub: {name} was not uploaded ({first_line(error)}); the checkpoint is in {folder}."
+        raise DSDError(message) from error
     return str(address)

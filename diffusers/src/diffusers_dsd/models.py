@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import DSDError, first_line
 from diffusers_dsd.pipeline import DSDPipeline
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def load_pipeline(
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise DSDError(
                 f"The weights of {name} are not on this machine and could not be downloaded: run `hf download {name}` "
-                f"where there is a network, or give --model a folder ({_first_line(error)})."
+                f"where there is a network, or give --model a folder ({first_line(error)})."
             ) from error
     if not (folder / "model_index.json").is_file():
         raise DSDError(f"{folder} holds no model_index.json: give --model the folder of a Diffusers pipeline.")
@@ -82,10 +82,6 @@ def load_pipeline(
         raise
     except Exception as error:  # Diffusers and Transformers raise anything for a damaged or foreign folder
         raise DSDError(
-            f"The model in {folder} cannot be loaded as a Stable Diffusion pipeline ({_first_line(error)}): "
+            f"The model in {folder} cannot be loaded as a Stable Diffusion pipeline ({first_line(error)}): "
             f"copy or download it again."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

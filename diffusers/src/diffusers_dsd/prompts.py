@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import DSDError, first_line
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 SETTINGS_NAME = "dsd_settings.json"
@@ -189,9 +189,9 @@ def _read_tensors(file: Path, alpha_over_rank: dict[str, float]) -> dict[str, to
             # weights_only refuses every pickle that would do more than fill tensors
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise DSDError(f"{file} cannot be read ({_first_line(error)}): copy or download it again.") from error
+        raise DSDError(f"{file} cannot be read ({first_line(error)}): copy or download it again.") from error
     except Exception as error:  # unpickling raises anything; weights_only says "Weights only load failed"
-        raise DSDError(f"{file} is refused: it holds more than tensors ({_first_line(error)}).") from error
+        raise DSDError(f"{file} is refused: it holds more than tensors ({first_line(error)}).") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise DSDError(f"{file} is not a dictionary of tensors: is it a checkpoint of DSD?")
     return {str(key): tensor.float() for key, tensor in tensors.items()}
@@ -203,7 +203,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DSDError(f"{file} cannot be read ({_first_line(error)}): copy the checkpoint again.") from error
+        raise DSDError(f"{file} cannot be read ({first_line(error)}): copy the checkpoint again.") from error
     if not isinstance(settings, dict) or not (
         settings.get("halves", "cond") in ("both", "cond")
         and isinstance(weight := settings.get("attention_weight", 1.0), (int, float))
@@ -211,7 +211,3 @@ def _read_settings(file: Path) -> dict[str, Any]:
     ):
         raise DSDError(f"{file} does not hold the settings of a DSD checkpoint: copy the checkpoint again.")
     return settings
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
