@@ -82,7 +82,12 @@ def pipeline_around(unet: UNet2DConditionModel, prediction_type: str = "epsilon"
         tokenizer=tokenizer(),
         unet=unet.eval(),
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
         ),
         **parts,
     )

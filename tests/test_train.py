@@ -109,7 +109,8 @@ def test_the_commands_of_the_readme_run(checkout, model, tmp_path, command):
 def test_every_kind_of_training_data(checkout, model, tmp_path, train_data):
     in_process(
         "--model", model, "--train_data", train_data, "--output_dir", tmp_path, "--max_train_steps", 2,
-        "--train_batch_size", 2, "--data_root", checkout.parent, *QUICK, *data_dir_is(checkout),
+        "--max_train_samples", 6, "--train_batch_size", 2, "--data_root", checkout.parent, *QUICK,
+        *data_dir_is(checkout),
     )  # fmt: skip
     assert (tmp_path / "final-checkpoint-2" / WEIGHTS_NAME).is_file()
 
