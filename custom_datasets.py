@@ -360,6 +360,11 @@ class Shapes(MatchingDataset):
         size = max(16, min(self.settings.resize, 512))
         drawn = shapes_item(self.kinds[turn], number, self.settings.seed, split, self.look, size)
         image_ids = [f"{drawn.id}-{i}" for i in range(len(drawn.images))]
+        if split == "train" and self.metrics == "winoground":
+            # The wrong picture has a sentence too, so one item asks both ways: which picture, and which sentence.
+            return Item(
+                drawn.id, [scene.sentence for scene in drawn.scenes], list(drawn.images), image_ids, None, drawn.tags
+            )
         return Item(drawn.id, drawn.texts, list(drawn.images), image_ids, drawn.label, drawn.tags)
 
 
@@ -372,12 +377,14 @@ class Benchmark:
         metrics: "accuracy" (of 2 candidates), "recall" (recall@1 and @5 of 10) or "winoground".
         load: makes the dataset from its `Settings`.
         modes: "eval" and "train", or one of them.
+        train_metrics: the same for the training items, where they ask something else.
     """
 
     description: str
     metrics: str
     load: Callable[[Settings], MatchingDataset]
     modes: tuple[str, ...] = ("eval", "train")
+    train_metrics: str | None = None
 
 
 IMAGE_KINDS = ("sub", "obj", "verb")
@@ -399,9 +406,13 @@ for _name, _look, _words in (("Shapes", "plain", ""), ("ShapesShift", "shift", "
             f"1 sentence, 2 drawings{_words}, another {_what}",
             "accuracy",
             partial(Shapes, kinds=(_kind,), look=_look),
+            train_metrics="winoground",
         )
     BENCHMARKS[_name] = Benchmark(
-        f"{_name}_sub, _obj and _verb in turn", "accuracy", partial(Shapes, kinds=IMAGE_KINDS, look=_look)
+        f"{_name}_sub, _obj and _verb in turn",
+        "accuracy",
+        partial(Shapes, kinds=IMAGE_KINDS, look=_look),
+        train_metrics="winoground",
     )
     BENCHMARKS[f"{_name}_text"] = Benchmark(
         f"1 drawing{_words}, 10 sentences", "recall", partial(Shapes, kinds=("text",), look=_look)
@@ -446,5 +457,14 @@ def get_dataset(
         use, other_use = ("training", "evaluation") if mode == "train" else ("evaluation", "training")
         choices = ", ".join(other for other, spec in BENCHMARKS.items() if mode in spec.modes)
         raise DSDError(f"{name} is for {other_use} only: for {use} choose one of {choices}.")
-    settings = Settings(name, benchmark.metrics, Path(root_dir), Path(data_dir), mode, seed, resize, transform)
+    settings = Settings(
+        name,
+        (mode == "train" and benchmark.train_metrics) or benchmark.metrics,
+        Path(root_dir),
+        Path(data_dir),
+        mode,
+        seed,
+        resize,
+        transform,
+    )
     return benchmark.load(settings)

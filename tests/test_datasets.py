@@ -128,7 +128,10 @@ def test_shapes_need_no_files(name, mode):
     assert {item.tags["look"] for item in items} == {"shift" if "Shift" in name else "plain"}
     kinds = {item.tags["kind"] for item in items}
     assert kinds == ({"sub", "obj", "verb"} if "_" not in name else {name.split("_")[1]})
-    assert {len(item.images) * len(item.texts) for item in items} == {10 if name.endswith("text") else 2}
+    pairs = 10 if name.endswith("text") else {"eval": 2, "train": 4}[mode]
+    assert {len(item.images) * len(item.texts) for item in items} == {pairs}
+    assert {item.label is None for item in items} == {pairs == 4}
+    assert dataset.metrics == {2: "accuracy", 4: "winoground", 10: "recall"}[pairs]
     assert all(image.size == (32, 32) for item in items for image in item.images)
     again = get_dataset(name, "nowhere", resize=64, mode=mode)[3]
     assert again.texts == items[3].texts and again.images[0].size == (64, 64)

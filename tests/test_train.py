@@ -282,10 +282,10 @@ def test_validation_keeps_the_best(model, tmp_path):
     )  # fmt: skip
     folders = sorted(path.name for path in (tmp_path / "validation").iterdir())
     assert folders == ["step-2", "step-4"], "every second checkpoint"
-    values = {name: results_of(tmp_path / "validation" / name)["metrics"]["accuracy"]["value"] for name in folders}
+    values = {name: results_of(tmp_path / "validation" / name)["metrics"]["group_score"]["value"] for name in folders}
     best = json.loads((tmp_path / "best-checkpoint" / "dsd_settings.json").read_text())
     (figures,) = best["metrics"].values()
-    assert figures["accuracy"]["value"] == max(values.values()) and figures["accuracy"]["n"] == 6
+    assert figures["group_score"]["value"] == max(values.values()) and figures["group_score"]["n"] == 6
     first_best = min(name for name, value in values.items() if value == max(values.values()))
     assert f"step-{best['step']}" == first_best
     trained_on = {record["id"] for record in scores_of(tmp_path / "validation" / "step-2")}
