@@ -28,10 +28,11 @@ from diffusers_dsd.cli import (
     non_negative_float,
     non_negative_int,
     positive_int,
+    settle_score,
 )
 from diffusers_dsd.evaluation import ScoreSettings, evaluate
 from diffusers_dsd.metrics import format_table
-from diffusers_dsd.models import VERSIONS, default_model, load_pipeline, resolve_model
+from diffusers_dsd.models import VERSIONS, default_model, load_pipeline
 from diffusers_dsd.schedule import timestep_grid
 from diffusers_dsd.scoring import SCORES
 
@@ -146,11 +147,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--guidance_scale {args.guidance_scale}: a score compares unguided noise estimates, so leave it out."
         )
-    if args.bias and args.score not in (None, "attention"):
-        parser.error(f"--bias is --score attention, and --score {args.score} was given too: choose one of them.")
     if args.model and args.version:
         parser.error(f"--model {args.model} and --version {args.version} both choose a model: leave one out.")
-    args.score = "attention" if args.bias else args.score or "hybrid"
+    settle_score(parser, args)
     args.model = args.model or VERSIONS.get(args.version) or default_model(args.val_data)
     return args
 
@@ -200,7 +199,7 @@ def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple[DSDPipelin
     )
     if not accelerator.is_main_process:
         disable_progress_bar()
-    pipe = load_pipeline(resolve_model(args.model), dtype)
+    pipe = load_pipeline(args.model, dtype)
     if args.checkpoint:
         pipe.load_attention_prompts(args.checkpoint)
     pipe.to(accelerator.device)

@@ -49,12 +49,13 @@ from diffusers_dsd.cli import (
     non_negative_int,
     positive_float,
     positive_int,
+    settle_score,
 )
 from diffusers_dsd.evaluation import ScoreSettings, evaluate
 from diffusers_dsd.hub import model_card, push_to_hub
 from diffusers_dsd.images import to_tensor
 from diffusers_dsd.metrics import MAIN_FIGURE, Figure, format_table
-from diffusers_dsd.models import load_pipeline, resolve_model
+from diffusers_dsd.models import load_pipeline
 from diffusers_dsd.prompts import (
     add_attention_prompts,
     attention_prompts_of,
@@ -271,9 +272,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hub_token", metavar="TOKEN", help="(default: what `hf auth login` stored)")
     args = parser.parse_args(argv)
 
-    if args.bias and args.score not in (None, "attention"):
-        parser.error(f"--bias is --score attention, and --score {args.score} was given too: choose one of them.")
-    args.score = "attention" if args.bias else args.score or "hybrid"
+    settle_score(parser, args)
     if args.validation and not (args.val_data or args.use_validation_split):
         parser.error("--validation needs held-out items: give --val_data or --use_validation_split.")
     for beta in ("adam_beta1", "adam_beta2"):
@@ -367,8 +366,7 @@ class Training:
         if not accelerator.is_main_process:
             disable_progress_bar()
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        source = {"revision": args.revision, "cache_dir": args.cache_dir}
-        pipe = load_pipeline(resolve_model(args.model), dtype, **source)
+        pipe = load_pipeline(args.model, dtype, args.revision, args.cache_dir)
         if args.tokenizer:
             pipe.register_modules(tokenizer=read_tokenizer(args.tokenizer))
         if args.prediction_type:

@@ -126,7 +126,7 @@ def load_state(folder: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], 
     for name, new in json.loads(json.dumps(expected)).items():
         if settings.get(name) != new:
             raise DSDError(
-                f"The checkpoint {folder} is of a training with --{name} {settings.get(name)}, not {new}: give the "
+                f"The checkpoint {folder} is of a training with {name} {settings.get(name)}, not {new}: give the "
                 f"same value to resume it, or choose another --output_dir to start anew."
             )
     return settings, state

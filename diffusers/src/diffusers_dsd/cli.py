@@ -47,6 +47,13 @@ def non_negative_float(text: str) -> float:
     return number
 
 
+def settle_score(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Makes one flag of --score and --bias, the historical name of --score attention; neither is hybrid."""
+    if args.bias and args.score not in (None, "attention"):
+        parser.error(f"--bias is --score attention, and --score {args.score} was given too: choose one of them.")
+    args.score = "attention" if args.bias else args.score or "hybrid"
+
+
 def _int_from(least: int, text: str) -> int:
     try:
         number = int(text)

@@ -51,10 +51,10 @@ def resolve_model(name: str) -> str:
 def load_pipeline(
     name: str, dtype: torch.dtype = torch.float32, revision: str | None = None, cache_dir: Path | None = None
 ) -> DSDPipeline:
-    """Loads a model by its resolved name, on the CPU.
+    """Loads a model by its name (see `resolve_model`), on the CPU.
 
     Args:
-        name: a folder or a hub name.
+        name: a folder, a hub name, or "shapes-sd".
         dtype: of the weights.
         revision: branch, tag or commit on the hub.
         cache_dir: where downloads are kept; the hub's own cache where it is None.
@@ -62,6 +62,7 @@ def load_pipeline(
     Raises:
         DSDError: the weights are not there, or the folder does not hold a Stable Diffusion pipeline.
     """
+    name = resolve_model(name)
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):

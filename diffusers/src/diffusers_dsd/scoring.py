@@ -136,7 +136,8 @@ def score_pairs(
     (attention_empty, attention), (error_empty, error) = (
         (values[:, : len(images)], values[:, len(images) :]) for values in (attention, error)
     )
-    own = [images.index(image) for image, _ in pairs] if images else []  # each pair's column of the empty text
+    column = {image: place for place, image in enumerate(images)}
+    own = [column[image] for image, _ in pairs] if images else []  # each pair's column of the empty text
     denoising = None if score == "attention" else (error_empty[:, own] - error).float()  # (T, P)
     if halves == "both":
         attention = (attention + attention_empty[:, own]) / 2
