@@ -190,8 +190,10 @@ def _read_tensors(file: Path, alpha_over_rank: dict[str, float]) -> dict[str, to
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise DSDError(f"{file} cannot be read ({first_line(error)}): copy or download it again.") from error
-    except Exception as error:  # unpickling raises anything; weights_only says "Weights only load failed"
-        raise DSDError(f"{file} is refused: it holds more than tensors ({first_line(error)}).") from error
+    except Exception as error:  # unpickling raises anything; torch's own text advises to load it unsafely
+        raise DSDError(
+            f"{file} is refused: it is no checkpoint, or holds more than tensors. Give one of DSD or the paper's release."
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise DSDError(f"{file} is not a dictionary of tensors: is it a checkpoint of DSD?")
     return {str(key): tensor.float() for key, tensor in tensors.items()}
