@@ -192,7 +192,7 @@ def _read_tensors(file: Path, alpha_over_rank: dict[str, float]) -> dict[str, to
         raise DSDError(f"{file} cannot be read ({first_line(error)}): copy or download it again.") from error
     except Exception as error:  # unpickling raises anything; torch's own text advises to load it unsafely
         raise DSDError(
-            f"{file} is refused: it is no checkpoint, or holds more than tensors. Give one of DSD or the paper's release."
+            f"{file} is refused: it is no checkpoint, or holds more than tensors. Give DSD's or the paper's own."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise DSDError(f"{file} is not a dictionary of tensors: is it a checkpoint of DSD?")
