@@ -48,12 +48,19 @@ def scored_layers(unet: UNet2DConditionModel) -> list[str]:
 class AttentionReader:
     """What the scored layers saw in the latest UNet call.
 
+    Args:
+        keep_probabilities: keep each scored layer's attention probabilities as well.
+
     Attributes:
         readings: for each scored layer its reading, (rows,) float32, with gradient where the call had one.
+        probabilities: for each scored layer, if they are kept, its attention probabilities averaged over heads,
+            (rows, queries, tokens) float32; they sum to 1 over tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_probabilities: bool = False) -> None:
+        self.keep_probabilities = keep_probabilities
         self.readings: dict[str, torch.Tensor] = {}
+        self.probabilities: dict[str, torch.Tensor] = {}
 
     def mean(self) -> torch.Tensor:
         """A for each row of the latest UNet call, (rows,): every layer counts alike, whatever its size."""
@@ -84,13 +91,16 @@ class ScoredAttnProcessor:
         logits = (query.float() * attn.scale) @ key.float().transpose(-1, -2)  # (rows, heads, queries, tokens)
         logsumexp = logits.logsumexp(dim=-1, keepdim=True)  # (rows, heads, queries, 1)
         self.reader.readings[self.name] = logsumexp.mean(dim=(1, 2, 3))  # (rows,)
-        output = (logits - logsumexp).exp().to(value.dtype) @ value  # (rows, heads, queries, d)
+        probabilities = (logits - logsumexp).exp()  # (rows, heads, queries, tokens)
+        if self.reader.keep_probabilities:
+            self.reader.probabilities[self.name] = probabilities.mean(dim=1)  # (rows, queries, tokens)
+        output = probabilities.to(value.dtype) @ value  # (rows, heads, queries, d)
         output = output.transpose(1, 2).flatten(2)  # (rows, queries, heads*d)
         return attn.to_out[1](attn.to_out[0](output))
 
 
 @contextmanager
-def read_attention(unet: UNet2DConditionModel) -> Iterator[AttentionReader]:
+def read_attention(unet: UNet2DConditionModel, keep_probabilities: bool = False) -> Iterator[AttentionReader]:
     """Patches the UNet's attention while the context lasts and yields what the scored layers read.
 
     All other layers use `scaled_dot_product_attention`. The previous processors come back when the context is
@@ -99,7 +109,7 @@ def read_attention(unet: UNet2DConditionModel) -> Iterator[AttentionReader]:
     Raises:
         DSDError: the UNet has no cross-attention.
     """
-    reader = AttentionReader()
+    reader = AttentionReader(keep_probabilities)
     layers = set(scored_layers(unet))
     previous = dict(unet.attn_processors)
     fast = AttnProcessor2_0()

@@ -63,3 +63,22 @@ def to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     image = as_rgb(image).resize((resolution, resolution), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, R, R), 0 … 255
     return pixels.float() / 127.5 - 1
+
+
+def to_image(image: Image.Image | str | os.PathLike[str] | torch.Tensor, largest: int = 1024) -> Image.Image:
+    """A picture to show, upright, in RGB, at most `largest` pixels wide and high.
+
+    Args:
+        image: a picture, a path, or a tensor (3, H, W) in [-1, 1].
+
+    Raises:
+        DSDError: as `open_image`.
+    """
+    if isinstance(image, torch.Tensor):
+        pixels = ((image.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()  # (3, H, W)
+        shown = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    else:
+        shown = as_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+    shown = shown.copy()
+    shown.thumbnail((largest, largest), Image.Resampling.BICUBIC)
+    return shown

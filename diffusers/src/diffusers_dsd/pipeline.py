@@ -15,10 +15,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffusers_dsd.denoiser import EpsilonDenoiser, make_denoiser
 from diffusers_dsd.errors import DSDError
-from diffusers_dsd.images import open_image, to_tensor
+from diffusers_dsd.images import open_image, to_image, to_tensor
 from diffusers_dsd.prompts import ADAPTER_NAME, AttentionPrompts, check_prompts_fit, read_attention_prompts
 from diffusers_dsd.schedule import shared_noise, timestep_grid
-from diffusers_dsd.scoring import PromptEmbeddings, check_score, num_rows, score_pairs
+from diffusers_dsd.scoring import PromptEmbeddings, attention_to_tokens, check_score, num_rows, score_pairs
+from diffusers_dsd.wordmaps import WordMaps, merge_tokens
+from diffusers_dsd.words import words_with_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -405,6 +407,60 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
                 )
             )
         return outputs
+
+    def explain(
+        self,
+        image: ImageInput,
+        text: str,
+        sampling_steps: int = 40,
+        seed: int = 0,
+        batch_size: int = 16,
+        on_batch: Callable[[int], Any] = lambda rows: None,
+    ) -> WordMaps:
+        """Which regions of an image attended to which word of a text, summed over scored layers and timesteps.
+
+            maps = pipe.explain("dog.jpg", "a dog left of a cat")
+            maps["dog"].save("dog.png")
+
+        Args:
+            image: as for `score`.
+            text: of at least one word.
+            sampling_steps, seed, batch_size: as for `score`.
+            on_batch: called with the number of timesteps of each UNet call.
+
+        Raises:
+            DSDError: bad input.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise DSDError(f"The text is {text!r}: give one that has words.")
+        if batch_size < 1:
+            raise DSDError(f"The batch size is {batch_size}: choose at least 1.")
+        timesteps = timestep_grid(sampling_steps)
+        self._report_truncated([text], "")
+        words = words_with_tokens(
+            text,
+            lambda part: (
+                self.tokenizer(self.maybe_convert_prompt(part, self.tokenizer), add_special_tokens=False).input_ids
+            ),
+            self.tokenizer.model_max_length,
+        )
+        if not words:
+            raise DSDError(f"The tokenizer finds no word in the text {text!r}: give another one.")
+        prompts = self.encode_texts([text], batch_size)
+        latents = self.encode_images([image])
+        noise = self._noise(None, timesteps, latents.shape[1:], seed)
+        with self.progress_bar(total=len(timesteps)) as bar:
+
+            def count(rows: int) -> None:
+                bar.update(rows)
+                on_batch(rows)
+
+            attention, layers = attention_to_tokens(
+                self.denoiser, latents, prompts, timesteps, noise, batch_size, count
+            )
+        self.maybe_free_model_hooks()
+        maps, shares, special = merge_tokens(layers, [tokens for _, tokens in words])
+        return WordMaps(to_image(image), text, [word for word, _ in words], maps, shares, special, attention)
 
     def _noise(
         self, noise: torch.Tensor | None, timesteps: list[int], shape: tuple[int, ...], seed: int

@@ -32,8 +32,17 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DSDError: the file cannot be written.
     """
+    write_bytes(path, _encode(text))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` of bytes.
+
+    Raises:
+        DSDError: the file cannot be written.
+    """
     with _replacing(path) as file:
-        file.write(_encode(text))
+        file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -144,6 +144,42 @@ def score_pairs(
     return PairScores(None if score == "denoising" else attention.float(), denoising)
 
 
+@torch.no_grad()
+def attention_to_tokens(
+    denoiser: EpsilonDenoiser,
+    latents: torch.Tensor,
+    prompts: PromptEmbeddings,
+    timesteps: Sequence[int],
+    noise: torch.Tensor,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda rows: None,
+) -> tuple[float, list[torch.Tensor]]:
+    """A of one image and the first text, and what each token has in it (see `wordmaps`).
+
+    Args:
+        denoiser, prompts, timesteps, noise, batch_size, on_batch: as for `score_pairs`.
+        latents: z0 of the image, (1, C, h, w) float32 on the model's device.
+
+    Returns:
+        A, and for each scored layer its attention probabilities, averaged over heads and timesteps:
+        (queries, tokens) float32 on the CPU.
+    """
+    device = latents.device
+    grid, noise = torch.as_tensor(timesteps, device=device), noise.to(device)
+    attention, sums = 0.0, {}
+    with read_attention(denoiser.unet, keep_probabilities=True) as reader:
+        for at in torch.arange(len(grid), device=device).split(batch_size):
+            rows = len(at)
+            readings, _ = measure(
+                denoiser, reader, latents.expand(rows, -1, -1, -1), noise[at], grid[at], prompts, [0] * rows
+            )
+            attention += float(readings.double().sum())
+            for layer, probabilities in reader.probabilities.items():
+                sums[layer] = sums.get(layer, 0) + probabilities.sum(0)  # (queries, tokens)
+            on_batch(rows)
+    return attention / len(grid), [total.cpu() / len(grid) for total in sums.values()]
+
+
 def measure(
     denoiser: EpsilonDenoiser,
     reader: AttentionReader,
