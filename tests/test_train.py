@@ -128,6 +128,7 @@ def test_a_checkpoint_loads_in_diffusers_and_changes_the_score(model, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [WEIGHTS_NAME, "dsd_settings.json", "training_state.pt"]
     )
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever may read one may read all
     drawing = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, local_files_only=True)
     drawing.load_lora_weights(folder)
     ours = DSDPipeline.from_pretrained(model)

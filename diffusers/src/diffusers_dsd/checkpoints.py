@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from diffusers_dsd.errors import DSDError
 from diffusers_dsd.prompts import SETTINGS_NAME, WEIGHTS_NAME
@@ -38,7 +38,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tensors = {f"unet.{name}": tensor.contiguous() for name, tensor in prompts.items()}
-        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        # not save_file, which takes the right to read from everybody else
+        (temporary / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         (temporary / SETTINGS_NAME).write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         torch.save(state, temporary / STATE_NAME)
         for file in temporary.iterdir():
