@@ -120,6 +120,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the attention term in the hybrid score (default: as learned with the checkpoint, 1 without one)",
     )
     score.add_argument(
+        "--untuned_denoising",
+        action=argparse.BooleanOptionalAction,
+        help="compute the denoising term without the checkpoint, for one more UNet row per text (default: as the "
+        "checkpoint was trained for)",
+    )
+    score.add_argument(
         "--guidance_scale",
         type=float,
         default=1.0,
@@ -175,6 +181,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             seed=args.seed,
             batch_size=args.batchsize,
             attention_weight=pipe.resolve_attention_weight(args.attention_weight),
+            untuned_denoising=pipe.resolve_untuned_denoising(args.untuned_denoising),
         ),
         folder,
         accelerator,

@@ -67,6 +67,7 @@ from diffusers_dsd.results import versions, write_text
 from diffusers_dsd.schedule import timestep_grid
 from diffusers_dsd.scoring import HALVES, SCORES
 from diffusers_dsd.training import Draws, Example, StepOutcome, draw_timestep_and_noise, hinge_step
+from diffusers_dsd.weighting import fit_attention_weight
 
 ROOT = Path(__file__).resolve().parent
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
@@ -142,6 +143,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--independent_noise",
         action="store_true",
         help="another timestep and noise for every candidate, as in the original (default: shared by an item's)",
+    )
+    add(
+        "--fit_attention_weight",
+        type=non_negative_int,
+        default=0,
+        metavar="ITEMS",
+        help="keep the last so many training items apart, and learn from them at the end how much the attention term "
+        "counts in the hybrid score (default: 0, it counts 1)",
+    )
+    add(
+        "--untuned_denoising",
+        action="store_true",
+        help="with --score attention: note that hybrid scores take their denoising term from the model without prompts",
     )
     add(
         "--noise_offset",
@@ -275,6 +289,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     settle_score(parser, args)
     if args.validation and not (args.val_data or args.use_validation_split):
         parser.error("--validation needs held-out items: give --val_data or --use_validation_split.")
+    if args.untuned_denoising and args.score != "attention":
+        parser.error(f"--untuned_denoising leaves nothing of --score {args.score} to train: give --score attention.")
     for beta in ("adam_beta1", "adam_beta2"):
         if getattr(args, beta) >= 1:
             parser.error(f"--{beta} {getattr(args, beta)}: choose a number below 1.")
@@ -321,11 +337,12 @@ class Training:
         self.latent_shape = (self.pipe.vae.config.latent_channels, *(2 * [size // self.pipe.vae_scale_factor]))
         self.items = self.train_items(size, transform=functools.partial(to_tensor, resolution=size))
         self.held_out, self.val_data = self.validation_items(size)
-        self.count = min(len(self.items), args.max_train_samples or len(self.items))
+        self.count = min(len(self.items), args.max_train_samples or len(self.items)) - args.fit_attention_weight
         if args.use_validation_split:
             self.count -= args.val_num
-            if self.count < 1:
-                raise DSDError(f"--val_num {args.val_num} leaves no item to train on: choose a smaller number.")
+        if self.count < 1:
+            kept = "--val_num" if args.use_validation_split else "--fit_attention_weight"
+            raise DSDError(f"{kept} leaves no item to train on: choose a smaller number.")
         self.per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         self.steps_per_epoch = math.ceil(self.count / self.per_step)
         self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
@@ -337,7 +354,7 @@ class Training:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=self.total_steps,
         )
-        self.step, self.best = 0, -math.inf
+        self.step, self.best, self.attention_weight = 0, -math.inf, 1.0
         self.figures: dict[str, dict[str, Figure]] = {}
         if args.resume_from_checkpoint:
             self.resume()
@@ -556,7 +573,8 @@ class Training:
         unsaid = ("hub_token", "push_to_hub", "hub_model_id", "resume_from_checkpoint", "model")
         flags = {name: value for name, value in vars(self.args).items() if name not in unsaid}
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-        return self.identity() | flags | {"step": self.step, "versions": versions(), "metrics": self.figures}
+        found = {"attention_weight": self.attention_weight, "metrics": self.figures}
+        return self.identity() | flags | found | {"step": self.step, "versions": versions()}
 
     def identity(self) -> dict[str, Any]:
         """What a run must share with the one it goes on from."""
@@ -564,7 +582,7 @@ class Training:
         same = ("rank", "train_data", "score", "halves", "seed", "max_train_samples", "use_validation_split")
         return {
             "pretrained_model_name_or_path": args.model,
-            **{name: getattr(args, name) for name in same},
+            **{name: getattr(args, name) for name in (*same, "fit_attention_weight")},
             "items_per_step": self.per_step,
         }
 
@@ -591,7 +609,14 @@ class Training:
             shutil.rmtree(folder)  # of an earlier training, with other weights
         self.accelerator.wait_for_everyone()
         args = self.args
-        how = ScoreSettings(args.sampling_time_steps, args.score, args.halves, args.seed, args.val_batch_size)
+        how = ScoreSettings(
+            sampling_steps=args.sampling_time_steps,
+            score=args.score,
+            halves=args.halves,
+            seed=args.seed,
+            batch_size=args.val_batch_size,
+            attention_weight=self.attention_weight,
+        )
         self.pipe.unet.eval()
         settings = {"model": args.model, "checkpoint": f"step {self.step} of {args.output_dir}"}
         figures = evaluate(self.pipe, benchmark, how, folder, self.accelerator, limit, settings)
@@ -611,9 +636,41 @@ class Training:
         # again, because a run that goes on from here must know what the best was
         self.save(f"{args.train_data}-checkpoint-{self.step}")
 
+    def fit_weight(self) -> float:
+        """w of the hybrid score, learned from the training items that were kept apart; the same in every process."""
+        args, items = self.args, self.train_items(self.pipe.resolution)
+        kept = range(self.count, self.count + args.fit_attention_weight)
+        mine = [items[index] for index in kept[self.accelerator.process_index :: self.accelerator.num_processes]]
+        self.pipe.unet.eval()
+        outputs = self.pipe.score_items(
+            [(item.images, item.texts) for item in mine],
+            args.sampling_time_steps,
+            "hybrid",
+            args.halves,
+            args.seed,
+            batch_size=args.val_batch_size,
+            untuned_denoising=args.untuned_denoising,
+            names=[item.id for item in mine],
+        )
+        self.pipe.unet.train()
+        terms = []  # of each example's candidates, the right one first
+        for item, output in zip(mine, outputs, strict=True):
+            for example in examples_of(item):
+                order = [example.positive, *(i for i in range(len(example.candidates)) if i != example.positive)]
+                places = [example.candidates[i][:2] for i in order]
+                terms.append(
+                    [[float(term[place]) for place in places] for term in (output.attention, output.denoising)]
+                )
+        attention, denoising = zip(*gather_object(terms), strict=True)
+        return fit_attention_weight(attention, denoising)
+
     def finish(self) -> None:
         args, main = self.args, self.accelerator.is_main_process
         self.figures = {}
+        if args.fit_attention_weight:
+            self.attention_weight = self.fit_weight()
+            if main:
+                print(f"In the hybrid score the attention term counts {self.attention_weight:.4g}.")
         final = self.save(f"final-checkpoint-{self.step}")
         if self.val_data is not None:
             folder = args.output_dir / f"results-{self.val_data.name}"

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusers_dsd import DSDError
 from diffusers_dsd.attention import read_attention
+from diffusers_dsd.prompts import WEIGHTS_NAME, expected_shapes
 from diffusers_dsd.schedule import shared_noise, timestep_grid
+from diffusers_dsd.scoring import num_rows
 from models import tiny_pipeline, tiny_sdxl
 
 TEXTS = ["a red circle", "two dogs left of a tree", "a man at a table"]
@@ -74,6 +78,33 @@ def test_scores_match_the_slow_implementation(prediction_type, score, halves):
         torch.testing.assert_close(out.attention + out.denoising, out.scores)
         weighted = pipe.score(images, TEXTS, sampling_steps=4, halves=halves, seed=7, attention_weight=0.25)
         torch.testing.assert_close(0.25 * out.attention + out.denoising, weighted.scores)
+
+
+@pytest.mark.parametrize("halves", ["cond", "both"])
+def test_the_denoising_term_can_leave_the_prompts_out(halves, tmp_path):
+    """The attention term of the tuned model and the denoising term of the untuned one; other LoRA count in both."""
+    pipe, images = tiny_pipeline(), pictures(2)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    how = dict(sampling_steps=4, halves=halves, seed=7)
+    untuned = pipe.score(images, TEXTS, **how)
+    torch.manual_seed(0)
+    prompts = {}
+    for name, (out_features, in_features) in expected_shapes(pipe.unet).items():
+        prompts[f"unet.{name}.lora_A.weight"] = torch.randn(4, in_features)
+        prompts[f"unet.{name}.lora_B.weight"] = 0.1 * torch.randn(out_features, 4)
+    save_file(prompts, tmp_path / WEIGHTS_NAME)
+    pipe.load_attention_prompts(tmp_path)
+    pipe.unet.set_adapters(["style", "dsd"])
+    tuned = pipe.score(images, TEXTS, **how)
+    assert (tuned.denoising - untuned.denoising).abs().max() > 1e-3 < (tuned.attention - untuned.attention).abs().max()
+    rows = []
+    mixed = pipe.score_items([(images, TEXTS)], untuned_denoising=True, on_batch=rows.append, **how)[0]
+    torch.testing.assert_close(mixed.attention, tuned.attention, atol=1e-6, rtol=0)
+    torch.testing.assert_close(mixed.denoising, untuned.denoising, atol=1e-6, rtol=0)
+    assert sum(rows) == num_rows(2, len(TEXTS), 4, "hybrid", halves, apart=True)
+    alone = pipe.score(images, TEXTS, score="denoising", untuned_denoising=True, **how)
+    torch.testing.assert_close(alone.scores, untuned.denoising, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pipe.score(images, TEXTS, **how).scores, tuned.scores, atol=0, rtol=0)  # on again
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl])

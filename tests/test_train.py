@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 import dsd_train
 from conftest import ROOT
+from custom_datasets import get_dataset
 from diffusers_dsd import DSDError, DSDPipeline
 from diffusers_dsd.prompts import WEIGHTS_NAME, read_attention_prompts
+from diffusers_dsd.weighting import fit_attention_weight
 from models import tiny_pipeline
 from test_scoring import TEXTS, pictures
 from trees import build_tree
@@ -411,3 +413,33 @@ def test_the_model_card_and_the_upload(model, tmp_path, monkeypatch, checkout):
         settings = json.loads((final / "dsd_settings.json").read_text())
         push_to_hub(final, "prompts", model_card("prompts", settings, {}))
     assert (final / WEIGHTS_NAME).is_file()
+
+
+def test_the_weight_of_the_attention_term_is_learned_from_items_kept_apart(model, tmp_path):
+    """The noted weight is the fit on the last training items, and an evaluation of the checkpoint uses it."""
+    in_process(
+        "--model", model, "--train_data", "Shapes", "--max_train_samples", 12, "--fit_attention_weight", 5,
+        "--untuned_denoising", "--score", "attention", "--max_train_steps", 3, "--sampling_time_steps", 2,
+        "--output_dir", tmp_path / "out", *QUICK,
+    )  # fmt: skip
+    settings = json.loads((tmp_path / "out" / "final-checkpoint-3" / "dsd_settings.json").read_text())
+    pipe = DSDPipeline.from_pretrained(model)
+    pipe.load_attention_prompts(tmp_path / "out" / "final-checkpoint-3")
+    assert pipe.resolve_attention_weight(None) == settings["attention_weight"]
+    assert pipe.resolve_untuned_denoising(None) is settings["untuned_denoising"] is True
+    data = get_dataset("Shapes", ROOT.parent, resize=16, mode="train")
+    attention, denoising = [], []
+    for index in range(7, 12):
+        out = pipe.score(data[index].images, data[index].texts, sampling_steps=2)
+        for i, j in ((0, 1), (1, 0)):
+            places = [(i, i), (i, j), (j, i)]
+            attention.append([float(out.attention[place]) for place in places])
+            denoising.append([float(out.denoising[place]) for place in places])
+    assert settings["attention_weight"] == pytest.approx(fit_attention_weight(attention, denoising), rel=1e-2, abs=1e-3)
+    done = launch(
+        "dsd_infer.py", "--model", model, "--val_data", "Shapes_sub", "--limit", 2, "--sampling_time_steps", 2,
+        "--output_dir", tmp_path / "out" / "final-checkpoint-3", "--results_dir", tmp_path / "results",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    noted = results_of(tmp_path / "results")["settings"]
+    assert (noted["attention_weight"], noted["untuned_denoising"]) == (settings["attention_weight"], True)

@@ -53,6 +53,7 @@ class ScoreSettings:
         halves: "both" or "cond"; "auto" is resolved before.
         batch_size: most rows in one UNet call; no score depends on it.
         attention_weight: w of the hybrid score w·A + B.
+        untuned_denoising: whether B leaves the attention prompts out.
     """
 
     sampling_steps: int
@@ -61,6 +62,7 @@ class ScoreSettings:
     seed: int
     batch_size: int
     attention_weight: float = 1.0
+    untuned_denoising: bool = False
 
 
 def evaluate(
@@ -100,6 +102,7 @@ def evaluate(
         "score": how.score,
         "halves": how.halves,
         "attention_weight": how.attention_weight,
+        "untuned_denoising": how.untuned_denoising,
         "seed": how.seed,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "limit": limit,
@@ -121,6 +124,7 @@ def evaluate(
                 seed=how.seed,
                 batch_size=how.batch_size,
                 attention_weight=how.attention_weight,
+                untuned_denoising=how.untuned_denoising,
                 names=[f"{item.id} of {benchmark.name}" for item in group.values()],
             )
             for (index, item), output in zip(group.items(), outputs, strict=True):
@@ -165,7 +169,8 @@ def _groups(benchmark: Benchmark, shard: range, done: set[str], how: ScoreSettin
         if item.id in done:
             continue
         group[index] = item
-        rows += num_rows(len(item.images), len(item.texts), how.sampling_steps, how.score, how.halves)
+        sizes = len(item.images), len(item.texts)
+        rows += num_rows(*sizes, how.sampling_steps, how.score, how.halves, how.untuned_denoising)
         if rows >= _FULL_BATCHES * how.batch_size:
             yield group
             group, rows = {}, 0

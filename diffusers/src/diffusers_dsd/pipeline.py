@@ -16,9 +16,22 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from diffusers_dsd.denoiser import EpsilonDenoiser, make_denoiser
 from diffusers_dsd.errors import DSDError
 from diffusers_dsd.images import open_image, to_image, to_tensor
-from diffusers_dsd.prompts import ADAPTER_NAME, AttentionPrompts, check_prompts_fit, read_attention_prompts
+from diffusers_dsd.prompts import (
+    ADAPTER_NAME,
+    AttentionPrompts,
+    check_prompts_fit,
+    read_attention_prompts,
+    without_attention_prompts,
+)
 from diffusers_dsd.schedule import shared_noise, timestep_grid
-from diffusers_dsd.scoring import PromptEmbeddings, attention_to_tokens, check_score, num_rows, score_pairs
+from diffusers_dsd.scoring import (
+    PairScores,
+    PromptEmbeddings,
+    attention_to_tokens,
+    check_score,
+    num_rows,
+    score_pairs,
+)
 from diffusers_dsd.wordmaps import WordMaps, merge_tokens
 from diffusers_dsd.words import words_with_tokens
 
@@ -152,9 +165,13 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         prompts = read_attention_prompts(Path(path))
         check_prompts_fit(prompts, self.unet, self.config.get("_name_or_path") or "this model")
         self.unload_attention_prompts()
-        self.load_lora_weights(
+        # not load_lora_weights, which warns that nothing in the file is for the text encoder
+        self.load_lora_into_unet(
             {f"unet.{key}": tensor.to(self.unet.dtype) for key, tensor in prompts.state_dict.items()},
+            network_alphas=None,
+            unet=self.unet,
             adapter_name=ADAPTER_NAME,
+            _pipeline=self,
         )
         self.attention_prompts = prompts
 
@@ -181,6 +198,12 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         if not 0 <= attention_weight < float("inf"):
             raise DSDError(f"The attention weight is {attention_weight}: choose a finite number of 0 or above.")
         return float(attention_weight)
+
+    def resolve_untuned_denoising(self, untuned_denoising: bool | None) -> bool:
+        """Whether the denoising term leaves the prompts out: where it is not said, as the loaded prompts ask for it."""
+        if untuned_denoising is None:
+            return self.attention_prompts is not None and self.attention_prompts.untuned_denoising
+        return untuned_denoising
 
     # ---- encoding
 
@@ -304,6 +327,7 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         noise: torch.Tensor | None = None,
         batch_size: int = 16,
         attention_weight: float | None = None,
+        untuned_denoising: bool | None = None,
     ) -> DSDOutput:
         """Scores every image against every text.
 
@@ -319,6 +343,8 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
             batch_size: most rows (timestep, image, text) in one UNet call. It does not change the scores.
             attention_weight: w of the hybrid score w·A + B; None is what was learned with the attention prompts, 1
                 (the paper's) without any.
+            untuned_denoising: compute the denoising term without the attention prompts, for one more UNet row per
+                text; None is what the prompts' training noted, otherwise False.
 
         Raises:
             DSDError: bad input, or a score that is not a number.
@@ -326,7 +352,8 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         single = isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", None) == 3
         images = [images] if single else list(images)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = num_rows(len(images), len(texts), sampling_steps, score, self.resolve_halves(halves))
+        apart = self.resolve_untuned_denoising(untuned_denoising)
+        rows = num_rows(len(images), len(texts), sampling_steps, score, self.resolve_halves(halves), apart)
         with self.progress_bar(total=rows) as bar:
             outputs = self.score_items(
                 [(images, texts)],
@@ -337,6 +364,7 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
                 noise,
                 batch_size,
                 attention_weight,
+                untuned_denoising,
                 on_batch=bar.update,
             )
         if not outputs[0].scores.isfinite().all():
@@ -355,6 +383,7 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         noise: torch.Tensor | None = None,
         batch_size: int = 16,
         attention_weight: float | None = None,
+        untuned_denoising: bool | None = None,
         names: Sequence[str] | None = None,
         on_batch: Callable[[int], Any] = lambda rows: None,
     ) -> list[DSDOutput]:
@@ -383,9 +412,18 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         prompts = self.encode_texts(texts.values, batch_size)
         latents = self.encode_images(images.values)
         noise = self._noise(noise, timesteps, latents.shape[1:], seed)
-        result = score_pairs(
-            self.denoiser, latents, prompts, pairs, timesteps, noise, score, halves, batch_size, on_batch
-        )  # fmt: skip
+
+        def score_with(score: str) -> PairScores:
+            return score_pairs(
+                self.denoiser, latents, prompts, pairs, timesteps, noise, score, halves, batch_size, on_batch
+            )
+
+        if self.resolve_untuned_denoising(untuned_denoising) and score != "attention":
+            attention = score_with("attention").attention if score == "hybrid" else None
+            with without_attention_prompts(self.unet):
+                result = PairScores(attention, score_with("denoising").denoising)
+        else:
+            result = score_with(score)
         self.maybe_free_model_hooks()
 
         outputs, start = [], 0

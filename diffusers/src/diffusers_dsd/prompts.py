@@ -6,6 +6,8 @@ paper's release. Whatever the form, the result is PEFT's: "….attn1.to_q.lora_A
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
@@ -53,6 +56,11 @@ class AttentionPrompts:
     def attention_weight(self) -> float:
         """w of the hybrid score w·A + B that was learned with these prompts; 1 where none was."""
         return float(self.settings.get("attention_weight", 1.0))
+
+    @property
+    def untuned_denoising(self) -> bool:
+        """Whether the hybrid score takes its denoising term from the model without these prompts."""
+        return bool(self.settings.get("untuned_denoising", False))
 
 
 def read_attention_prompts(path: str | Path) -> AttentionPrompts:
@@ -153,6 +161,20 @@ def set_attention_prompts(unet: UNet2DConditionModel, tensors: dict[str, torch.T
     set_peft_model_state_dict(unet, tensors, adapter_name=ADAPTER_NAME)
 
 
+@contextmanager
+def without_attention_prompts(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Switches the attention prompts off while the context lasts; other people's LoRA stay as they are."""
+    layers = [m for m in unet.modules() if isinstance(m, LoraLayer) and ADAPTER_NAME in m.scaling]
+    scales = [layer.scaling[ADAPTER_NAME] for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling[ADAPTER_NAME] = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER_NAME] = scale
+
+
 def expected_shapes(unet: UNet2DConditionModel) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every attention projection that prompts update, by module name."""
     shapes = {}
@@ -210,6 +232,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings.get("halves", "cond") in ("both", "cond")
         and isinstance(weight := settings.get("attention_weight", 1.0), (int, float))
         and 0 <= weight < float("inf")
+        and isinstance(settings.get("untuned_denoising", False), bool)
     ):
         raise DSDError(f"{file} does not hold the settings of a DSD checkpoint: copy the checkpoint again.")
     return settings

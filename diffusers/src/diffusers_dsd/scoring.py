@@ -80,8 +80,14 @@ def check_score(score: str, halves: str) -> None:
         raise DSDError(f"There are no halves {halves!r}: choose one of {', '.join(HALVES)}.")
 
 
-def num_rows(images: int, texts: int, sampling_steps: int, score: str, halves: str) -> int:
-    """Rows the UNet computes for a matrix of images and texts: its cost."""
+def num_rows(images: int, texts: int, sampling_steps: int, score: str, halves: str, apart: bool = False) -> int:
+    """Rows the UNet computes for a matrix of images and texts: its cost.
+
+    Args:
+        apart: the two terms of a hybrid score come from two passes (see `DSDPipeline.score`, untuned_denoising).
+    """
+    if apart and score == "hybrid":
+        return sum(num_rows(images, texts, sampling_steps, term, halves) for term in ("attention", "denoising"))
     per_timestep = images * (texts + needs_empty_text(score, halves))
     return per_timestep * len(timestep_grid(sampling_steps))
 

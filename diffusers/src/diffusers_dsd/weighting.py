@@ -4,28 +4,24 @@ from collections.abc import Sequence
 
 import torch
 
-from diffusers_dsd.pipeline import DSDOutput
-
 _RIDGE = 1e-3  # keeps the fit finite where a term tells all items apart
 _LARGEST = 1e4  # "the attention term alone", near enough
 
 
-def fit_attention_weight(outputs: Sequence[DSDOutput], labels: Sequence[int]) -> float:
+def fit_attention_weight(attention: Sequence[Sequence[float]], denoising: Sequence[Sequence[float]]) -> float:
     """The w ≥ 0 with which w·A + B ranks right candidates best: a logistic regression on paired differences.
 
-    Each wrong candidate of an item gives one difference (right minus wrong) in A and in B; the two coefficients, not
-    negative, minimise the mean logistic loss, and w is their ratio (Bradley-Terry with two features).
+    Each wrong candidate of an example gives one difference (right minus wrong) in A and in B; the two coefficients,
+    not negative, minimise the mean logistic loss, and w is their ratio (Bradley-Terry with two features).
 
     Args:
-        outputs: scores of items with both terms; each has one image or one text.
-        labels: index of each item's right candidate.
+        attention: A of each example's candidates, the right one first.
+        denoising: B of the same.
     """
     differences = []
-    for output, label in zip(outputs, labels, strict=True):
-        assert output.attention is not None and output.denoising is not None
-        terms = torch.stack([output.attention.flatten(), output.denoising.flatten()], dim=1).double()  # (m, 2)
-        wrong = torch.arange(len(terms)) != label
-        differences.append((terms[label] - terms[wrong]) / wrong.sum() ** 0.5)  # items count alike
+    for candidates in zip(attention, denoising, strict=True):
+        terms = torch.tensor(candidates, dtype=torch.float64).T  # (m, 2)
+        differences.append((terms[0] - terms[1:]) / (len(terms) - 1) ** 0.5)  # examples count alike
     features = torch.cat(differences)  # (pairs, 2)
     scale = features.square().mean(0).sqrt().clamp_min(1e-12)
     roots = torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True)  # squared, so that none is negative
@@ -39,5 +35,5 @@ def fit_attention_weight(outputs: Sequence[DSDOutput], labels: Sequence[int]) ->
         return value
 
     optimizer.step(loss)
-    attention, denoising = (roots.detach().square() / scale).tolist()
-    return min(attention / max(denoising, 1e-12), _LARGEST)
+    attention_share, denoising_share = (roots.detach().square() / scale).tolist()
+    return min(attention_share / max(denoising_share, 1e-12), _LARGEST)
