@@ -745,7 +745,7 @@ def check_packages(args: argparse.Namespace) -> None:
 def make_writable(folder: Path) -> None:
     """Raises DSDError where nothing can be written."""
     write_text(folder / ".writable", "")
-    (folder / ".writable").unlink()
+    (folder / ".writable").unlink(missing_ok=True)  # another process may have been faster
 
 
 if __name__ == "__main__":
