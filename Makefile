@@ -3,15 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test browser lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python assets/demo.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one thread each: two would fight over two cores
+
+# Chromium for the web page's tests, where it may be installed; without it they are skipped and say so.
+browser:
+	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		{ echo "installing Chromium"; export DEBIAN_FRONTEND=noninteractive; \
+		  { apt-get install -y -qq chromium || { apt-get update -qq && apt-get install -y -qq chromium; }; } \
+		  >/dev/null 2>&1 </dev/null || echo "Chromium cannot be installed here"; }
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .

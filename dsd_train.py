@@ -24,7 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of optional
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.utils.logging import disable_progress_bar
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -45,11 +45,6 @@ from diffusers_dsd.cli import (
     ends_in_a_sentence,
     in_every_process,
     make_accelerator,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-    settle_score,
 )
 from diffusers_dsd.evaluation import ScoreSettings, evaluate
 from diffusers_dsd.hub import model_card, push_to_hub
@@ -65,236 +60,17 @@ from diffusers_dsd.prompts import (
 )
 from diffusers_dsd.results import versions, write_text
 from diffusers_dsd.schedule import timestep_grid
-from diffusers_dsd.scoring import HALVES, SCORES
 from diffusers_dsd.training import Draws, Example, StepOutcome, draw_timestep_and_noise, hinge_step
+from diffusers_dsd.training_data import Part, examples_of
+from diffusers_dsd.training_flags import TRACKERS, parse_training_flags
 from diffusers_dsd.weighting import fit_attention_weight
 
 ROOT = Path(__file__).resolve().parent
-TRACKERS = ("tensorboard", "wandb", "comet_ml")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trainable = ", ".join(name for name, benchmark in BENCHMARKS.items() if "train" in benchmark.modes)
-
-    model = parser.add_argument_group("model")
-    add = model.add_argument
-    add(
-        "--pretrained_model_name_or_path",
-        "--model",
-        dest="model",
-        default="shapes-sd",
-        metavar="NAME",
-        help='a hub name, a folder, or "shapes-sd" (default: shapes-sd)',
-    )
-    add("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
-    add("--cache_dir", type=Path, metavar="DIR", help="where downloaded models are kept (default: the hub's cache)")
-    add("--tokenizer", metavar="DIR", help="folder of another tokenizer of the same vocabulary (default: the model's)")
-    add(
-        "--prediction_type",
-        choices=["epsilon", "v_prediction"],
-        help="what the UNet predicts (default: as the model's scheduler says)",
-    )
-    add("--rank", type=positive_int, default=4, help="of the low-rank updates (default: 4)")
-
-    data = parser.add_argument_group("data")
-    add = data.add_argument
-    add("--train_data", default="Shapes", metavar="NAME", help=f"one of {trainable} (default: Shapes)")
-    add("--val_data", metavar="NAME", help="benchmark to evaluate at the end, and for --validation (default: none)")
-    add(
-        "--data_root",
-        type=Path,
-        default=ROOT.parent,
-        metavar="DIR",
-        help="folder that holds Visual_Genome, refcocog, vqav2 (default: the folder this checkout is in)",
-    )
-    add(
-        "--max_train_samples",
-        type=positive_int,
-        metavar="N",
-        help="take the first N training items (default: all of the benchmark's few-shot share)",
-    )
-    add(
-        "--resolution",
-        type=positive_int,
-        metavar="PIXELS",
-        help="width and height of the images (default: the model's own)",
-    )
-    add(
-        "--dataloader_num_workers",
-        type=non_negative_int,
-        default=0,
-        metavar="N",
-        help="processes that read images (default: 0, the main one)",
-    )
-
-    loss = parser.add_argument_group("loss")
-    add = loss.add_argument
-    add("--score", choices=SCORES, help="the score to train (default: hybrid)")
-    add("--bias", action="store_true", help="train the attention term only: another name of --score attention")
-    add(
-        "--halves",
-        choices=HALVES,
-        default="cond",
-        help="attention of the text's own half, or averaged with the empty text's (default: cond)",
-    )
-    add("--margin", type=non_negative_float, default=0.1, help="how far the right pair should be ahead (default: 0.1)")
-    add(
-        "--independent_noise",
-        action="store_true",
-        help="another timestep and noise for every candidate, as in the original (default: shared by an item's)",
-    )
-    add(
-        "--fit_attention_weight",
-        type=non_negative_int,
-        default=0,
-        metavar="ITEMS",
-        help="keep the last so many training items apart, and learn from them at the end how much the attention term "
-        "counts in the hybrid score (default: 0, it counts 1)",
-    )
-    add(
-        "--untuned_denoising",
-        action="store_true",
-        help="with --score attention: note that hybrid scores take their denoising term from the model without prompts",
-    )
-    add(
-        "--noise_offset",
-        type=non_negative_float,
-        default=0.0,
-        help="deviation of noise added to each channel as a whole (default: 0)",
-    )
-
-    steps = parser.add_argument_group("optimization")
-    add = steps.add_argument
-    add(
-        "--num_train_epochs",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="passes over the training items (default: 1)",
-    )
-    add(
-        "--max_train_steps",
-        type=positive_int,
-        metavar="N",
-        help="optimizer steps, whatever the number of epochs (default: as the epochs give)",
-    )
-    add(
-        "--train_batch_size",
-        type=positive_int,
-        default=1,
-        metavar="ITEMS",
-        help="items per process that go through the UNet together (default: 1)",
-    )
-    add(
-        "--val_batch_size",
-        type=positive_int,
-        default=16,
-        metavar="ROWS",
-        help="most rows in a UNet call without gradient (default: 16)",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="batches in one optimizer step (default: 1)",
-    )
-    add("--gradient_checkpointing", action="store_true", help="compute activations twice to save memory")
-    add("--learning_rate", type=positive_float, default=1e-4, help="(default: 1e-4)")
-    add("--scale_lr", action="store_true", help="multiply the learning rate by the items in one optimizer step")
-    add(
-        "--lr_scheduler",
-        choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
-        default="constant",
-        help="(default: constant)",
-    )
-    add(
-        "--lr_warmup_steps",
-        type=non_negative_int,
-        default=0,
-        metavar="N",
-        help="steps in which the rate rises (default: 0)",
-    )
-    add("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW (GPU)")
-    add("--adam_beta1", type=non_negative_float, default=0.9, help="(default: 0.9)")
-    add("--adam_beta2", type=non_negative_float, default=0.999, help="(default: 0.999)")
-    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="(default: 0.01)")
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="(default: 1e-8)")
-    add("--max_grad_norm", type=positive_float, default=1.0, help="longer gradients are shortened to this (default: 1)")
-    add(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        help="of the frozen weights; the prompts stay float32 (default: accelerate's, otherwise no)",
-    )
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs: faster, 3 digits")
-    add(
-        "--seed",
-        type=non_negative_int,
-        default=0,
-        help="of prompts, order, timesteps, noise, drawn scenes (default: 0)",
-    )
-
-    run = parser.add_argument_group("checkpoints, validation, logs")
-    add = run.add_argument
-    add("--output_dir", type=Path, default=Path("output"), metavar="DIR", help="where checkpoints go (default: output)")
-    add(
-        "--checkpointing_steps",
-        type=positive_int,
-        default=500,
-        metavar="N",
-        help="steps between checkpoints (default: 500)",
-    )
-    add("--checkpoints_total_limit", type=positive_int, metavar="N", help="keep the newest N (default: all)")
-    add(
-        "--resume_from_checkpoint",
-        metavar="PATH",
-        help='go on from a checkpoint folder, or from "latest" in --output_dir',
-    )
-    add("--validation", action="store_true", help=f"evaluate held-out items between, and keep the best as {BEST_NAME}")
-    add(
-        "--validation_epochs",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="validate at every N-th checkpoint (default: 1)",
-    )
-    add(
-        "--val_num",
-        type=positive_int,
-        default=100,
-        metavar="ITEMS",
-        help="held-out items to validate with (default: 100)",
-    )
-    add(
-        "--use_validation_split",
-        action="store_true",
-        help="validate with the last --val_num training items, which are then not trained on (default: with the first "
-        "of --val_data)",
-    )
-    add(
-        "--sampling_time_steps",
-        type=int,
-        default=40,
-        metavar="S",
-        help="timesteps of every evaluation, 1 to 1000 (default: 40)",
-    )
-    add("--report_to", choices=[*TRACKERS, "all", "none"], default="tensorboard", help="(default: tensorboard)")
-    add("--logging_dir", default="logs", metavar="DIR", help="of the trackers, in --output_dir (default: logs)")
-    add("--push_to_hub", action="store_true", help="upload the final checkpoint with a model card")
-    add("--hub_model_id", metavar="NAME", help="repository to upload to (default: the name of --output_dir)")
-    add("--hub_token", metavar="TOKEN", help="(default: what `hf auth login` stored)")
-    args = parser.parse_args(argv)
-
-    settle_score(parser, args)
-    if args.validation and not (args.val_data or args.use_validation_split):
-        parser.error("--validation needs held-out items: give --val_data or --use_validation_split.")
-    if args.untuned_denoising and args.score != "attention":
-        parser.error(f"--untuned_denoising leaves nothing of --score {args.score} to train: give --score attention.")
-    for beta in ("adam_beta1", "adam_beta2"):
-        if getattr(args, beta) >= 1:
-            parser.error(f"--{beta} {getattr(args, beta)}: choose a number below 1.")
-    return args
+    trainable = [name for name, benchmark in BENCHMARKS.items() if "train" in benchmark.modes]
+    return parse_training_flags(__doc__ or "", trainable, ROOT.parent, argv)
 
 
 def main() -> None:
@@ -694,33 +470,6 @@ class Training:
         if self.stop_signal is not None:  # the second time the user means it
             raise KeyboardInterrupt
         self.stop_signal = number
-
-
-class Part:
-    """Some items of a benchmark."""
-
-    def __init__(self, whole: MatchingDataset, indices: range) -> None:
-        self.whole, self.indices = whole, indices
-        self.name, self.metrics = whole.name, whole.metrics
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.whole[self.indices[index]]
-
-
-def examples_of(item: Item) -> list[Example]:
-    """The questions an item asks: which image fits its text, which text its image, or both for each of n pairs."""
-    images, texts = range(len(item.images)), range(len(item.texts))
-    if item.label is not None:
-        candidates = [(image, text, 0) for image in images for text in texts]
-        return [Example(candidates, item.label)]
-    examples = []
-    for i in images:  # text i belongs to image i: its rivals are in the same row and the same column
-        rivals = [(i, j, 0) for j in texts if j != i] + [(j, i, 0) for j in images if j != i]
-        examples.append(Example([(i, i, 0), *rivals], 0))
-    return examples
 
 
 def read_tokenizer(folder: str) -> CLIPTokenizer:
