@@ -416,27 +416,27 @@ class Training:
         """w of the hybrid score, learned from the training items that were kept apart; the same in every process."""
         args, items = self.args, self.train_items(self.pipe.resolution)
         kept = range(self.count, self.count + args.fit_attention_weight)
-        mine = [items[index] for index in kept[self.accelerator.process_index :: self.accelerator.num_processes]]
         self.pipe.unet.eval()
-        outputs = self.pipe.score_items(
-            [(item.images, item.texts) for item in mine],
-            args.sampling_time_steps,
-            "hybrid",
-            args.halves,
-            args.seed,
-            batch_size=args.val_batch_size,
-            untuned_denoising=args.untuned_denoising,
-            names=[item.id for item in mine],
-        )
-        self.pipe.unet.train()
         terms = []  # of each example's candidates, the right one first
-        for item, output in zip(mine, outputs, strict=True):
+        for index in kept[self.accelerator.process_index :: self.accelerator.num_processes]:
+            item = items[index]
+            (output,) = self.pipe.score_items(
+                [(item.images, item.texts)],
+                args.sampling_time_steps,
+                "hybrid",
+                args.halves,
+                args.seed,
+                batch_size=args.val_batch_size,
+                untuned_denoising=args.untuned_denoising,
+                names=[item.id],
+            )
             for example in examples_of(item):
                 order = [example.positive, *(i for i in range(len(example.candidates)) if i != example.positive)]
                 places = [example.candidates[i][:2] for i in order]
                 terms.append(
                     [[float(term[place]) for place in places] for term in (output.attention, output.denoising)]
                 )
+        self.pipe.unet.train()
         attention, denoising = zip(*gather_object(terms), strict=True)
         return fit_attention_weight(attention, denoising)
 

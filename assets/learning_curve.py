@@ -3,6 +3,10 @@
     python assets/learning_curve.py output/attention output/hybrid --output assets/learning-curve.png
 
 Every panel is one training (a folder of dsd_train.py with --validation), every line one figure with its 95 % interval.
+The point before the training is an evaluation with the same settings in the folder of step 0:
+
+    accelerate launch dsd_infer.py --val_data Shapes --score attention --limit 500 --sampling_time_steps 10 \
+        --results_dir output/attention/validation/step-0
 """
 
 import argparse
@@ -30,6 +34,8 @@ def main() -> None:
         steps = sorted(runs)
         results = [json.loads(runs[step].read_text(encoding="utf-8")) for step in steps]
         for name in results[0]["metrics"]:
+            if "/" in name and "/kind=" not in name:
+                continue  # a line for all items and one for each kind of question are enough
             rows = [result["metrics"][name] for result in results]
             (line,) = axes.plot(steps, [row["value"] for row in rows], marker="o", label=f"{name} (n={rows[0]['n']})")
             low, high = [row["low"] for row in rows], [row["high"] for row in rows]

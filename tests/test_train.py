@@ -167,8 +167,9 @@ def test_batches_accumulation_and_checkpointing_give_the_same_weights(model, tmp
 
 
 def test_a_short_last_step_weighs_its_items_fully(model, tmp_path):
-    """5 items, 2 per step: the third step of an epoch has one item, whose gradient is not halved."""
-    args = ["--model", model, "--max_train_samples", 5, "--num_train_epochs", 1, "--adam_epsilon", 1, "--margin", 1]
+    """5 items, 2 per step: the third step of an epoch has one item, whose gradient is not halved. A sixth is kept."""
+    args = ["--model", model, "--max_train_samples", 6, "--num_train_epochs", 1, "--adam_epsilon", 1, "--margin", 1]
+    args += ["--fit_attention_weight", 1, "--sampling_time_steps", 2]  # one process has none of these items
     in_process(*args, *QUICK, "--train_batch_size", 2, "--output_dir", tmp_path / "one")
     assert (tmp_path / "one" / "final-checkpoint-3").is_dir()
     done = launch("dsd_train.py", *map(str, [*args, *QUICK]), "--output_dir", tmp_path / "two", processes=2)
@@ -176,6 +177,10 @@ def test_a_short_last_step_weighs_its_items_fully(model, tmp_path):
     assert_same(
         weights(tmp_path / "one" / "final-checkpoint-3"), weights(tmp_path / "two" / "final-checkpoint-3"), 1e-5
     )
+    fitted = [
+        read_attention_prompts(tmp_path / name / "final-checkpoint-3").attention_weight for name in ("one", "two")
+    ]
+    assert fitted[0] == pytest.approx(fitted[1], rel=1e-3) and fitted[0] != 1
 
 
 def test_bfloat16_keeps_the_prompts_in_float32(model, tmp_path):
@@ -326,6 +331,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(model
         (["--report_to", "comet_ml"], "pip install comet_ml"),
         (["--use_8bit_adam"], "pip install bitsandbytes"),
         (["--use_validation_split", "--validation", "--val_num", "5", "--max_train_samples", "5"], "leaves no item"),
+        (["--fit_attention_weight", "5", "--max_train_samples", "5"], "leaves no item"),
         (["--sampling_time_steps", "0"], "--sampling_time_steps is 0"),
     ],
 )
@@ -348,6 +354,8 @@ def test_bad_input_is_one_sentence(model, tmp_path, capsys, flags, words):
         (["--bias", "--score", "hybrid"], "choose one of them"),
         (["--validation"], "needs held-out items"),
         (["--adam_beta1", "1.5"], "below 1"),
+        (["--untuned_denoising"], "nothing of --score hybrid to train"),
+        (["--fit_attention_weight", "-1"], "at least 0"),
     ],
 )
 def test_the_parser_refuses(capsys, flags, words):

