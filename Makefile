@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one thread each: two would fight over two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup  # one thread each: more would fight over two cores
 
 # Chromium for the web page's tests, where it may be installed; without it they are skipped and say so.
 browser:

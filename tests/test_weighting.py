@@ -30,3 +30,10 @@ def test_a_term_that_misleads_counts_nothing():
     good, bad = right_first(right, labels), right_first(-right, labels)
     assert fit_attention_weight(bad, good) == pytest.approx(0, abs=1e-3)
     assert fit_attention_weight(good, bad) > 1e3
+
+
+def test_a_term_that_adds_nothing_to_a_perfect_one_counts_little():
+    generator = torch.Generator().manual_seed(0)
+    perfect = torch.rand(100, 2, generator=generator) + torch.tensor([2.0, 0.0])
+    fair = torch.randn(100, 2, generator=generator) + torch.tensor([1.0, 0.0])
+    assert fit_attention_weight(fair.tolist(), perfect.tolist()) < 0.2

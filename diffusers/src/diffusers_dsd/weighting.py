@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-_RIDGE = 1e-3  # keeps the fit finite where a term tells all items apart
+# Keeps the fit finite where the terms tell all items apart. Weak, because a strong one would pull the two coefficients
+# together there, and so give weight to a term that adds nothing.
+_RIDGE = 1e-4
 _LARGEST = 1e4  # "the attention term alone", near enough
 
 
