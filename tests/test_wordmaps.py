@@ -2,6 +2,8 @@
 
 import io
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,3 +183,11 @@ def test_sdxl_is_explained_too():
 def test_a_text_without_words_is_refused(pipe, text):
     with pytest.raises(DSDError, match="give one that has words"):
         pipe.explain(Image.new("RGB", (32, 32)), text)
+
+
+def test_the_page_of_examples_and_the_pointing_accuracy(tmp_path):
+    command = ["assets/word_maps.py", "--limit", "3", "--sampling_time_steps", "1", "--output", tmp_path / "page.png"]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("first shape's word: inside that shape") == 2  # untuned and tuned
+    assert Image.open(tmp_path / "page.png").height > 500
