@@ -1,15 +1,16 @@
-"""What a training step keeps for its backward pass, on the architecture of Stable Diffusion 2.1-base.
+"""What a training step costs for each row of a UNet call, on the architecture of Stable Diffusion 2.1-base.
 
-    python benchmarks/training_memory.py --dtype bfloat16
+    python benchmarks/training_step.py --dtype bfloat16
 
-Counts the bytes that autograd saves for each row that carries gradient, on a randomly initialised UNet with rank-4
-attention prompts; the count does not depend on the machine. Needs about 10 GiB of memory.
+Counts floating-point operations, and the bytes that autograd saves for a row that carries gradient, on a randomly
+initialised UNet with rank-4 attention prompts; the counts do not depend on the machine. Needs about 10 GiB of memory.
 """
 
 import argparse
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_dsd.attention import read_attention
 from diffusers_dsd.prompts import add_attention_prompts
@@ -33,19 +34,40 @@ def saved_bytes(unet: UNet2DConditionModel, rows: int) -> int:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    config, dtype = unet.config, unet.dtype
-    noisy = torch.randn(rows, 4, config.sample_size, config.sample_size, dtype=dtype)
-    text = torch.randn(rows, 77, config.cross_attention_dim, dtype=dtype)
-    with read_attention(unet) as reader, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = unet(noisy, torch.tensor(500), text).sample
-        (reader.mean().sum() + output.float().norm()).detach()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        score(unet, rows)
     return sum(size for size, _ in kept.values())
+
+
+def gigaflops() -> tuple[float, float]:
+    """GFLOP of one row forward, and backward; on the meta device, where nothing is computed."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_2_1_BASE)
+    add_attention_prompts(unet, rank=4, seed=0)
+    unet.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        objective = score(unet, rows=1)
+        forward = counter.get_total_flops() / 1e9
+        objective.backward()
+    return forward, counter.get_total_flops() / 1e9 - forward
+
+
+def score(unet: UNet2DConditionModel, rows: int) -> torch.Tensor:
+    """A sum of both readings that a training step takes of `rows` random rows."""
+    size, dtype, device = unet.config.sample_size, unet.dtype, unet.device
+    noisy = torch.randn(rows, 4, size, size, dtype=dtype, device=device)
+    text = torch.randn(rows, 77, unet.config.cross_attention_dim, dtype=dtype, device=device)
+    with read_attention(unet) as reader:
+        output = unet(noisy, torch.tensor(500, device=device), text).sample
+        return reader.mean().sum() + output.float().norm()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(default: bfloat16)")
     args = parser.parse_args()
+    forward, backward = gigaflops()
+    print(f"GFLOP per row: {forward:.0f} forward, {backward:.0f} backward")
     unet = UNet2DConditionModel(**SD_2_1_BASE).to(getattr(torch, args.dtype))
     trainable = add_attention_prompts(unet, rank=4, seed=0)
     print(f"UNet: {sum(p.numel() for p in unet.parameters()) / 1e6:.0f} million weights, {args.dtype}")
