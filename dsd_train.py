@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -379,20 +380,26 @@ class Training:
         torch.set_rng_state(state["rng"])
         self.step, self.best = state["step"], state["best"]
 
+    def score_settings(self, score: str) -> ScoreSettings:
+        """How held-out items are scored during the training."""
+        args = self.args
+        return ScoreSettings(
+            sampling_steps=args.sampling_time_steps,
+            score=score,
+            halves=args.halves,
+            seed=args.seed,
+            batch_size=args.val_batch_size,
+            attention_weight=self.attention_weight,
+            untuned_denoising=args.untuned_denoising,
+        )
+
     def evaluate(self, benchmark: Any, folder: Path, limit: int | None = None) -> dict[str, Figure]:
         """The evaluation of dsd_infer.py with the attention prompts as they are now; figures in every process."""
         if self.accelerator.is_main_process and folder.exists():
             shutil.rmtree(folder)  # of an earlier training, with other weights
         self.accelerator.wait_for_everyone()
         args = self.args
-        how = ScoreSettings(
-            sampling_steps=args.sampling_time_steps,
-            score=args.score,
-            halves=args.halves,
-            seed=args.seed,
-            batch_size=args.val_batch_size,
-            attention_weight=self.attention_weight,
-        )
+        how = self.score_settings(args.score)
         self.pipe.unet.eval()
         settings = {"model": args.model, "checkpoint": f"step {self.step} of {args.output_dir}"}
         figures = evaluate(self.pipe, benchmark, how, folder, self.accelerator, limit, settings)
@@ -415,21 +422,13 @@ class Training:
     def fit_weight(self) -> float:
         """w of the hybrid score, learned from the training items that were kept apart; the same in every process."""
         args, items = self.args, self.train_items(self.pipe.resolution)
+        how = asdict(self.score_settings("hybrid"))
         kept = range(self.count, self.count + args.fit_attention_weight)
         self.pipe.unet.eval()
         terms = []  # of each example's candidates, the right one first
         for index in kept[self.accelerator.process_index :: self.accelerator.num_processes]:
             item = items[index]
-            (output,) = self.pipe.score_items(
-                [(item.images, item.texts)],
-                args.sampling_time_steps,
-                "hybrid",
-                args.halves,
-                args.seed,
-                batch_size=args.val_batch_size,
-                untuned_denoising=args.untuned_denoising,
-                names=[item.id],
-            )
+            (output,) = self.pipe.score_items([(item.images, item.texts)], **how, names=[item.id])
             for example in examples_of(item):
                 order = [example.positive, *(i for i in range(len(example.candidates)) if i != example.positive)]
                 places = [example.candidates[i][:2] for i in order]

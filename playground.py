@@ -112,15 +112,7 @@ def build_page(playground: Playground, examples_dir: Path) -> gr.Blocks:
                 )
                 gallery = gr.Gallery(label="Preview", **PREVIEW)
                 texts = gr.Textbox(label=f"Sentences (one per line, at most {MAX_SENTENCES})", lines=4)
-                with gr.Row():
-                    go = gr.Button("Score", variant="primary")
-                    stop_match = gr.Button("Stop", variant="stop")
-                gr.Examples(
-                    [row[1:] for row in matches],
-                    [images, texts],
-                    example_labels=[row[0] for row in matches],
-                    label="Examples: drawn scenes",
-                )
+                go, stop_match = build_buttons("Score", matches, [images, texts])
             with gr.Column(scale=3):
                 table = gr.HTML(note("The scores appear here."), min_height=120, padding=True, elem_id="matrix")
                 with gr.Accordion("The two terms of the score", open=False):
@@ -132,15 +124,7 @@ def build_page(playground: Playground, examples_dir: Path) -> gr.Blocks:
                 image = gr.File(label="Picture", file_types=["image"], height=140)
                 single = gr.Gallery(label="Preview", **PREVIEW)
                 text = gr.Textbox(label="Sentence")
-                with gr.Row():
-                    why = gr.Button("Explain", variant="primary")
-                    stop_explain = gr.Button("Stop", variant="stop")
-                gr.Examples(
-                    [row[1:] for row in explanations],
-                    [image, text],
-                    example_labels=[row[0] for row in explanations],
-                    label="Examples: drawn scenes",
-                )
+                why, stop_explain = build_buttons("Explain", explanations, [image, text])
             with gr.Column(scale=3):
                 maps = gr.Gallery(
                     label="Word maps", columns=4, interactive=False, object_fit="contain", height="auto", elem_id="maps"
@@ -183,6 +167,17 @@ def build_page(playground: Playground, examples_dir: Path) -> gr.Blocks:
         endpoints[0].click(playground.score, match, answer, api_name="score", **ONE_AT_A_TIME)
         endpoints[1].click(playground.explain, explanation, answer, api_name="explain", **ONE_AT_A_TIME)
     return page.queue(max_size=WAITING)
+
+
+def build_buttons(
+    label: str, examples: list[list[Any]], inputs: list[gr.components.Component]
+) -> tuple[gr.Button, gr.Button]:
+    """A button that starts and one that stops, and under them the examples that fill the inputs."""
+    with gr.Row():
+        start, stop = gr.Button(label, variant="primary"), gr.Button("Stop", variant="stop")
+    labels, rows = [row[0] for row in examples], [row[1:] for row in examples]
+    gr.Examples(rows, inputs, example_labels=labels, label="Examples: drawn scenes")
+    return start, stop
 
 
 def build_settings(shared: SharedModel) -> list[gr.components.Component]:

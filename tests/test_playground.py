@@ -132,6 +132,14 @@ def _write(folder: Path, metric: str, benchmark: str, records: list[tuple]) -> N
     (folder / "results.json").write_text(json.dumps({"metrics": figures, "settings": settings}))
 
 
+@contextmanager
+def running_with_results(folder: Path) -> Iterator[Server]:
+    """The playground with a results folder to show."""
+    write_results(folder / "results")
+    with running("--results_dir", folder / "results") as server:
+        yield server
+
+
 def draw_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     """Two scenes of opposite relations, and their sentences."""
     item = shapes_item("verb", 0, size=128)
@@ -143,9 +151,7 @@ def draw_pictures(folder: Path) -> tuple[list[Path], list[str]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    results = tmp_path_factory.mktemp("pages") / "results"
-    write_results(results)
-    with running("--results_dir", results) as server:
+    with running_with_results(tmp_path_factory.mktemp("pages")) as server:
         yield server
 
 

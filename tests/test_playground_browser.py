@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from test_playground import LONG, Server, draw_pictures, running, write_results
+from test_playground import LONG, Server, draw_pictures, running, running_with_results
 
 pytestmark = pytest.mark.xdist_group("playground")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -22,9 +22,7 @@ PATIENCE = 60_000  # milliseconds: other tests may be using the processor
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    results = tmp_path_factory.mktemp("pages") / "results"
-    write_results(results)
-    with running("--results_dir", results) as server:
+    with running_with_results(tmp_path_factory.mktemp("pages")) as server:
         yield server
 
 

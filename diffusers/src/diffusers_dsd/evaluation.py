@@ -6,7 +6,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,13 +118,7 @@ def evaluate(
         for group in _groups(benchmark, shard, done, how):
             outputs = pipe.score_items(
                 [(item.images, item.texts) for item in group.values()],
-                sampling_steps=how.sampling_steps,
-                score=how.score,
-                halves=how.halves,
-                seed=how.seed,
-                batch_size=how.batch_size,
-                attention_weight=how.attention_weight,
-                untuned_denoising=how.untuned_denoising,
+                **asdict(how),
                 names=[f"{item.id} of {benchmark.name}" for item in group.values()],
             )
             for (index, item), output in zip(group.items(), outputs, strict=True):

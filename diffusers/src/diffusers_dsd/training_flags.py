@@ -1,8 +1,9 @@
 """The command line of dsd_train.py: every flag with its unit and default."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers.optimization import SchedulerType
 
@@ -26,8 +27,25 @@ def parse_training_flags(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    model = parser.add_argument_group("model")
-    add = model.add_argument
+    _model_flags(parser.add_argument_group("model").add_argument)
+    _data_flags(parser.add_argument_group("data").add_argument, benchmarks, data_root)
+    _loss_flags(parser.add_argument_group("loss").add_argument)
+    _optimization_flags(parser.add_argument_group("optimization").add_argument)
+    _run_flags(parser.add_argument_group("checkpoints, validation, logs").add_argument)
+    args = parser.parse_args(argv)
+
+    settle_score(parser, args)
+    if args.validation and not (args.val_data or args.use_validation_split):
+        parser.error("--validation needs held-out items: give --val_data or --use_validation_split.")
+    if args.untuned_denoising and args.score != "attention":
+        parser.error(f"--untuned_denoising leaves nothing of --score {args.score} to train: give --score attention.")
+    for beta in ("adam_beta1", "adam_beta2"):
+        if getattr(args, beta) >= 1:
+            parser.error(f"--{beta} {getattr(args, beta)}: choose a number below 1.")
+    return args
+
+
+def _model_flags(add: Callable[..., Any]) -> None:
     add(
         "--pretrained_model_name_or_path",
         "--model",
@@ -46,8 +64,8 @@ def parse_training_flags(
     )
     add("--rank", type=positive_int, default=4, help="of the low-rank updates (default: 4)")
 
-    data = parser.add_argument_group("data")
-    add = data.add_argument
+
+def _data_flags(add: Callable[..., Any], benchmarks: Sequence[str], data_root: Path) -> None:
     add("--train_data", default="Shapes", metavar="NAME", help=f"one of {', '.join(benchmarks)} (default: Shapes)")
     add("--val_data", metavar="NAME", help="benchmark to evaluate at the end, and for --validation (default: none)")
     add(
@@ -77,8 +95,8 @@ def parse_training_flags(
         help="processes that read images (default: 0, the main one)",
     )
 
-    loss = parser.add_argument_group("loss")
-    add = loss.add_argument
+
+def _loss_flags(add: Callable[..., Any]) -> None:
     add("--score", choices=SCORES, help="the score to train (default: hybrid)")
     add("--bias", action="store_true", help="train the attention term only: another name of --score attention")
     add(
@@ -113,8 +131,8 @@ def parse_training_flags(
         help="deviation of noise added to each channel as a whole (default: 0)",
     )
 
-    steps = parser.add_argument_group("optimization")
-    add = steps.add_argument
+
+def _optimization_flags(add: Callable[..., Any]) -> None:
     add(
         "--num_train_epochs",
         type=positive_int,
@@ -184,8 +202,8 @@ def parse_training_flags(
         help="of prompts, order, timesteps, noise, drawn scenes (default: 0)",
     )
 
-    run = parser.add_argument_group("checkpoints, validation, logs")
-    add = run.add_argument
+
+def _run_flags(add: Callable[..., Any]) -> None:
     add("--output_dir", type=Path, default=Path("output"), metavar="DIR", help="where checkpoints go (default: output)")
     add(
         "--checkpointing_steps",
@@ -233,14 +251,3 @@ def parse_training_flags(
     add("--push_to_hub", action="store_true", help="upload the final checkpoint with a model card")
     add("--hub_model_id", metavar="NAME", help="repository to upload to (default: the name of --output_dir)")
     add("--hub_token", metavar="TOKEN", help="(default: what `hf auth login` stored)")
-    args = parser.parse_args(argv)
-
-    settle_score(parser, args)
-    if args.validation and not (args.val_data or args.use_validation_split):
-        parser.error("--validation needs held-out items: give --val_data or --use_validation_split.")
-    if args.untuned_denoising and args.score != "attention":
-        parser.error(f"--untuned_denoising leaves nothing of --score {args.score} to train: give --score attention.")
-    for beta in ("adam_beta1", "adam_beta2"):
-        if getattr(args, beta) >= 1:
-            parser.error(f"--{beta} {getattr(args, beta)}: choose a number below 1.")
-    return args

@@ -8,6 +8,7 @@ the score.
 
 import io
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,29 @@ _LEAST_SIZE = 256  # pixels of an overlay's longer side
 _ACROSS = 5  # maps in a row of the overview
 
 
+class _ShowsItself(ABC):
+    """Something with a figure, that shows it in a notebook and saves it."""
+
+    @abstractmethod
+    def figure(self) -> Figure:
+        """What is shown."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes the figure as PNG.
+
+        Raises:
+            DSDError: the file cannot be written.
+        """
+        write_bytes(Path(path), self._repr_png_())
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
 @dataclass(frozen=True)
-class WordMap:
+class WordMap(_ShowsItself):
     """Where a picture attended to one word (or to several, taken together).
 
     Attributes:
@@ -77,20 +99,9 @@ class WordMap:
         figure.colorbar(colours, ax=axes, label="part of the words' attention", shrink=0.85)
         return figure
 
-    def save(self, path: str | Path) -> None:
-        """Writes the figure as PNG.
-
-        Raises:
-            DSDError: the file cannot be written.
-        """
-        write_bytes(Path(path), _png(self.figure()))
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
-
 
 @dataclass(frozen=True)
-class WordMaps:
+class WordMaps(_ShowsItself):
     """A map for every word of a text; `maps["dog"]`, `maps["black dog"]` or `maps[2]` is a `WordMap`.
 
     Attributes:
@@ -160,17 +171,6 @@ class WordMaps:
         )
         return figure
 
-    def save(self, path: str | Path) -> None:
-        """Writes the figure as PNG.
-
-        Raises:
-            DSDError: the file cannot be written.
-        """
-        write_bytes(Path(path), _png(self.figure()))
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
-
 
 def merge_tokens(
     layers: Sequence[torch.Tensor], tokens_of_words: Sequence[Sequence[int]]
@@ -195,12 +195,6 @@ def merge_tokens(
     shares = total.mean((1, 2))  # (words,)
     maps = total / total.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
     return maps, shares / shares.sum(), float(1 - shares.sum())
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def _plain(text: str) -> str:
