@@ -61,7 +61,8 @@ from diffusers_dsd.prompts import (
 )
 from diffusers_dsd.results import versions, write_text
 from diffusers_dsd.schedule import timestep_grid
-from diffusers_dsd.training import Draws, Example, StepOutcome, draw_timestep_and_noise, hinge_step
+from diffusers_dsd.scoring import Draws
+from diffusers_dsd.training import Example, StepOutcome, draw_timestep_and_noise, hinge_step
 from diffusers_dsd.training_data import Part, examples_of
 from diffusers_dsd.training_flags import TRACKERS, parse_training_flags
 from diffusers_dsd.weighting import fit_attention_weight

@@ -7,8 +7,8 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks.plain import plain_score
 from diffusers_dsd import DSDError
-from diffusers_dsd.attention import read_attention
 from diffusers_dsd.prompts import WEIGHTS_NAME, expected_shapes
 from diffusers_dsd.schedule import shared_noise, timestep_grid
 from diffusers_dsd.scoring import num_rows
@@ -22,53 +22,17 @@ def pictures(count=3):
     return [Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def slow_score(pipe, image, text, steps, score="hybrid", halves="cond", seed=0):
-    """One pair, one timestep, one UNet call at a time, straight from design.md's formula."""
-    pixels = np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC), dtype=np.float64)
-    pixels = torch.tensor(pixels.transpose(2, 0, 1).copy() / 127.5 - 1).float()[None]
-    terms = []
-    with torch.no_grad():
-        z0 = pipe.vae.config.scaling_factor * pipe.vae.encode(pixels).latent_dist.mean
-
-        def embed(text):
-            ids = pipe.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            return pipe.text_encoder(ids)[0]
-
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-        for t in timestep_grid(steps):
-            abar = torch.prod(1 - betas[: t + 1])
-            noise = shared_noise(seed, t, (4, 8, 8))[None]
-            z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * noise
-
-            def half(text, z_t=z_t, t=t, abar=abar, noise=noise):
-                with read_attention(pipe.unet) as reader:
-                    output = pipe.unet(z_t, t, embed(text)).sample
-                if pipe.scheduler.config.prediction_type == "v_prediction":
-                    output = abar.sqrt() * output + (1 - abar).sqrt() * z_t
-                return reader.mean().item(), (noise - output).double().square().sum().sqrt().item()
-
-            (a_text, e_text), (a_empty, e_empty) = half(text), half("")
-            attention = (a_text + a_empty) / 2 if halves == "both" else a_text
-            terms.append(
-                {
-                    "attention": attention,
-                    "denoising": e_empty - e_text,
-                    "hybrid": attention + e_empty - e_text,
-                }[score]
-            )
-    return sum(terms) / len(terms)
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("score", ["hybrid", "attention", "denoising"])
 @pytest.mark.parametrize("halves", ["cond", "both"])
 def test_scores_match_the_slow_implementation(prediction_type, score, halves):
     pipe, images = tiny_pipeline(prediction_type), pictures(2)
     out = pipe.score(images, TEXTS, sampling_steps=4, score=score, halves=halves, seed=7)
+    noise = torch.stack([shared_noise(7, t, (4, 8, 8)) for t in timestep_grid(4)])
     assert out.scores.shape == (2, 3) and out.scores.dtype == torch.float32
     for i, image in enumerate(images):
         for j, text in enumerate(TEXTS):
-            slow = slow_score(pipe, image, text, 4, score, halves, seed=7)
+            slow = plain_score(pipe, image.convert("RGB"), text, timestep_grid(4), noise, score, halves)
             assert out.scores[i, j].item() == pytest.approx(slow, abs=1e-5)
     torch.testing.assert_close(out.per_timestep.mean(0), out.scores)
     assert out.timesteps == timestep_grid(4) and len(out.per_timestep) == len(out.timesteps)
@@ -143,8 +107,8 @@ def test_no_work_is_repeated(monkeypatch):
     pipe.score_items([(images, TEXTS), (images[:1], TEXTS[:2])], sampling_steps=5, batch_size=16)
     assert sum(rows["vae"]) == 2, "each image once"
     assert sum(rows["text"]) == len(TEXTS) + 1, "each text once, and the empty one"
-    assert sum(rows["unet"]) == 5 * (2 + 6 + 2), "the empty half once per image and timestep"
-    assert rows["unet"] == [16, 16, 16, 2], "batches are full across images, texts and timesteps"
+    assert sum(rows["unet"]) == 5 * (2 + 6), "the empty half once per image and timestep, a pair in two items once"
+    assert rows["unet"] == [16, 16, 8], "batches are full across images, texts and timesteps"
 
 
 @pytest.mark.parametrize(("halves", "empties"), [("cond", 0), ("both", 2)])

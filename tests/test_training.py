@@ -6,30 +6,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.plain import plain_terms
 from conftest import GOLDEN
+from diffusers_dsd.images import open_image
 from diffusers_dsd.prompts import (
     add_attention_prompts,
     attention_prompts_of,
     read_attention_prompts,
     set_attention_prompts,
 )
-from diffusers_dsd.scoring import score_pairs
-from diffusers_dsd.training import Draws, Example, draw_timestep_and_noise, hinge_step
+from diffusers_dsd.scoring import Draws
+from diffusers_dsd.training import Example, draw_timestep_and_noise, hinge_step
 from models import tiny_pipeline, tiny_sdxl
 from test_scoring import TEXTS, pictures
 
 
-def through_all_candidates(denoiser, latents, prompts, examples, draws, score, halves, margin, scale):
+def through_all_candidates(pipe, images, texts, examples, draws, score, halves, margin, scale):
     """The obvious way: every candidate with gradient, one by one, and one backward pass through all of them."""
     loss, all_scores = 0.0, []
     for example in examples:
         scores = []
         for image, text, draw in example.candidates:
-            pair = score_pairs.__wrapped__(  # without its no_grad
-                denoiser, latents, prompts, [(image, text)], [int(draws.timesteps[draw])], draws.noise[draw][None],
-                score, halves, batch_size=2,
-            )  # fmt: skip
-            scores.append(pair.total()[0, 0])
+            terms = plain_terms(pipe, images[image], texts[text], int(draws.timesteps[draw]), draws.noise[draw])
+            scores.append(terms.score(score, halves))
         negatives = torch.stack([s for i, s in enumerate(scores) if i != example.positive])
         loss = loss + torch.relu(margin + negatives.max() - scores[example.positive])
         all_scores.append([s.item() for s in scores])
@@ -48,16 +47,17 @@ def test_loss_and_gradients_match_the_released_code(golden_pipe, golden_noise, g
     unet = golden_pipe.unet
     add_attention_prompts(unet, rank=4, seed=0)
     set_attention_prompts(unet, read_attention_prompts(GOLDEN / "lora-legacy").state_dict)
-    latents = golden_pipe.encode_images(golden_images[:2])
+    images = [open_image(path) for path in golden_images[:2]]
+    latents = golden_pipe.encode_images(images)
     prompts = golden_pipe.encode_texts(expected["texts"][:1])
     draws = Draws(torch.tensor([golden["timestep"]]), golden_noise[golden["noise_index"]][None])
     examples = [Example([(0, 0, 0), (1, 0, 0)], positive=0)]
-    arguments = (golden_pipe.denoiser, latents, prompts, examples, draws, score, "both", golden["margin"], 1.0)
+    how = (examples, draws, score, "both", golden["margin"], 1.0)
     if way == "two passes":
-        outcome = hinge_step(*arguments, backward=torch.Tensor.backward, batch_size=4)
+        outcome = hinge_step(golden_pipe.denoiser, latents, prompts, *how, backward=torch.Tensor.backward, batch_size=4)
         loss, scores = outcome.loss, outcome.scores
     else:
-        loss, scores = through_all_candidates(*arguments)
+        loss, scores = through_all_candidates(golden_pipe, images, expected["texts"][:1], *how)
     assert loss == pytest.approx(golden["loss"], abs=1e-4)
     assert scores[0] == pytest.approx(golden["scores"][0], abs=1e-4)
 
@@ -109,17 +109,14 @@ def trainable(make=tiny_pipeline):
 @pytest.mark.parametrize("margin", [0.1, 5.0])
 @pytest.mark.parametrize("independent", [False, True])
 def test_two_passes_give_the_gradient_through_all_candidates(score, halves, margin, independent):
-    results = []
-    for step in (hinge_step, through_all_candidates):
-        pipe = trainable()
-        latents, prompts, examples, draws = a_batch(pipe, independent)
-        arguments = (pipe.denoiser, latents, prompts, examples, draws, score, halves, margin, 1 / 3)
-        if step is hinge_step:
-            outcome = step(*arguments, backward=torch.Tensor.backward, batch_size=5)
-            results.append((outcome.loss, outcome.scores, gradients(pipe.unet)))
-        else:
-            results.append((*step(*arguments), gradients(pipe.unet)))
-    (loss, scores, fast), (slow_loss, slow_scores, slow) = results
+    pipe = trainable()
+    latents, prompts, examples, draws = a_batch(pipe, independent)
+    how = (examples, draws, score, halves, margin, 1 / 3)
+    outcome = hinge_step(pipe.denoiser, latents, prompts, *how, backward=torch.Tensor.backward, batch_size=5)
+    loss, scores, fast = outcome.loss, outcome.scores, gradients(pipe.unet)
+    pipe = trainable()
+    slow_loss, slow_scores = through_all_candidates(pipe, pictures(3), TEXTS, *how)
+    slow = gradients(pipe.unet)
     assert loss == pytest.approx(slow_loss, abs=1e-5) and loss > 0
     assert sum(scores, []) == pytest.approx(sum(slow_scores, []), abs=1e-5)  # noqa: RUF017
     for name, grad in slow.items():

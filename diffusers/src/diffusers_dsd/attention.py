@@ -6,8 +6,9 @@ and the scored layers.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -20,16 +21,37 @@ _CROSS_ATTENTION = re.compile(
     r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"
 )
 
+PATHS = ("down", "mid", "up")  # in the order the UNet computes them
+_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
-def scored_layers(unet: UNet2DConditionModel) -> list[str]:
-    """Names of the cross-attention layers that the attention term reads, in the UNet's order.
+
+def check_paths(paths: Iterable[str]) -> tuple[str, ...]:
+    """Some of "down", "mid" and "up", in this order.
+
+    Raises:
+        DSDError: none, or something else.
+    """
+    paths = set(paths)
+    if not paths or paths - set(PATHS):
+        unknown = ", ".join(sorted(paths - set(PATHS))) or "none"
+        raise DSDError(f"The scored layers are of {', '.join(PATHS)}: choose some of them (given: {unknown}).")
+    return tuple(path for path in PATHS if path in paths)
+
+
+def scored_layers(unet: UNet2DConditionModel, paths: Iterable[str] = PATHS) -> list[str]:
+    """Names of the cross-attention layers that the attention term reads, in the order the UNet computes them.
 
     Of the down path, the mid block and the up path: every cross-attention in the last block that has any. Where a
     transformer has several blocks (SDXL) only its last one counts. 6 layers in Stable Diffusion 1.5 and 2.1.
 
+    Args:
+        unet: the model.
+        paths: those of "down", "mid" and "up" whose layers count; the paper takes all.
+
     Raises:
-        DSDError: the UNet has no cross-attention.
+        DSDError: the UNet has no cross-attention there.
     """
+    paths = check_paths(paths)
     found = []  # (path, block, attention, transformer block, name)
     for name in unet.attn_processors:
         if match := _CROSS_ATTENTION.match(name):
@@ -38,10 +60,12 @@ def scored_layers(unet: UNet2DConditionModel) -> list[str]:
     if not found:
         raise DSDError("This model's UNet has no cross-attention, so it cannot match pictures with text.")
     layers = []
-    for path in ("down_blocks", "mid_block", "up_blocks"):
+    for path in (_BLOCKS[path] for path in paths):
         last_block = max((layer[1] for layer in found if layer[0] == path), default=None)
         last = {layer[2]: layer for layer in sorted(found) if layer[:2] == (path, last_block)}
         layers += [layer[4] for layer in last.values()]  # the dict kept the deepest block of each transformer
+    if not layers:
+        raise DSDError(f"This model has no cross-attention in its {' and '.join(paths)} path: choose other --layers.")
     return layers
 
 
@@ -62,17 +86,32 @@ class AttentionReader:
         self.readings: dict[str, torch.Tensor] = {}
         self.probabilities: dict[str, torch.Tensor] = {}
 
+    def by_layer(self) -> torch.Tensor:
+        """The readings of the latest UNet call, (rows, layers), in the order of `scored_layers`."""
+        return torch.stack(list(self.readings.values()), dim=1)
+
     def mean(self) -> torch.Tensor:
         """A for each row of the latest UNet call, (rows,): every layer counts alike, whatever its size."""
-        return torch.stack(list(self.readings.values())).mean(dim=0)  # (layers, rows) -> (rows,)
+        return self.by_layer().mean(dim=1)
+
+
+class EverythingRead(Exception):
+    """Leaves a UNet call whose scored layers have all been read, where its noise estimate is not needed."""
 
 
 class ScoredAttnProcessor:
-    """Cross-attention that makes its logits once: their logsumexp is the reading, and the output follows from it."""
+    """Cross-attention that makes its logits once: their logsumexp is the reading, and the output follows from it.
 
-    def __init__(self, reader: AttentionReader, name: str) -> None:
+    Args:
+        reader: is told the reading.
+        name: of the layer.
+        is_last: leave the UNet call by `EverythingRead` after this layer's reading.
+    """
+
+    def __init__(self, reader: AttentionReader, name: str, is_last: bool = False) -> None:
         self.reader = reader
         self.name = name
+        self.is_last = is_last
 
     def __call__(
         self,
@@ -86,37 +125,52 @@ class ScoredAttnProcessor:
 
         query = split_heads(attn.to_q(hidden_states))
         key = split_heads(attn.to_k(encoder_hidden_states))
-        value = split_heads(attn.to_v(encoder_hidden_states))
         # float32 whatever the weights are: a logsumexp in float16 is only good to 3 digits
         logits = (query.float() * attn.scale) @ key.float().transpose(-1, -2)  # (rows, heads, queries, tokens)
         logsumexp = logits.logsumexp(dim=-1, keepdim=True)  # (rows, heads, queries, 1)
         self.reader.readings[self.name] = logsumexp.mean(dim=(1, 2, 3))  # (rows,)
+        if self.is_last and not self.reader.keep_probabilities:
+            raise EverythingRead
         probabilities = (logits - logsumexp).exp()  # (rows, heads, queries, tokens)
         if self.reader.keep_probabilities:
             self.reader.probabilities[self.name] = probabilities.mean(dim=1)  # (rows, queries, tokens)
+        if self.is_last:
+            raise EverythingRead
+        value = split_heads(attn.to_v(encoder_hidden_states))
         output = probabilities.to(value.dtype) @ value  # (rows, heads, queries, d)
         output = output.transpose(1, 2).flatten(2)  # (rows, queries, heads*d)
         return attn.to_out[1](attn.to_out[0](output))
 
 
 @contextmanager
-def read_attention(unet: UNet2DConditionModel, keep_probabilities: bool = False) -> Iterator[AttentionReader]:
+def read_attention(
+    unet: UNet2DConditionModel,
+    keep_probabilities: bool = False,
+    paths: Iterable[str] = PATHS,
+    attention_only: bool = False,
+) -> Iterator[AttentionReader]:
     """Patches the UNet's attention while the context lasts and yields what the scored layers read.
 
     All other layers use `scaled_dot_product_attention`. The previous processors come back when the context is
     left, also through an exception.
 
+    Args:
+        unet: the model.
+        keep_probabilities: as for `AttentionReader`.
+        paths: whose layers are read, see `scored_layers`.
+        attention_only: end every UNet call by raising `EverythingRead` once the last of these layers is read.
+
     Raises:
-        DSDError: the UNet has no cross-attention.
+        DSDError: the UNet has no cross-attention there.
     """
     reader = AttentionReader(keep_probabilities)
-    layers = set(scored_layers(unet))
+    layers = scored_layers(unet, paths)
     previous = dict(unet.attn_processors)
     fast = AttnProcessor2_0()
-    patched = {}
-    for name in previous:
-        layer = name.removesuffix(".processor")
-        patched[name] = ScoredAttnProcessor(reader, layer) if layer in layers else fast
+    patched: dict[str, Any] = dict.fromkeys(previous, fast)
+    for layer in layers:
+        is_last = attention_only and layer == layers[-1]
+        patched[f"{layer}.processor"] = ScoredAttnProcessor(reader, layer, is_last)
     try:
         unet.set_attn_processor(patched)
         yield reader

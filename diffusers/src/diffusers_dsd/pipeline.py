@@ -1,7 +1,7 @@
 """`DSDPipeline`: a Diffusers pipeline that scores how well images match texts instead of drawing images."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,36 +9,23 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffusers_dsd.attention import PATHS, check_paths, scored_layers
 from diffusers_dsd.denoiser import EpsilonDenoiser, make_denoiser
+from diffusers_dsd.encoding import EncodesImagesAndTexts, ImageInput
 from diffusers_dsd.errors import DSDError
-from diffusers_dsd.images import open_image, to_image, to_tensor
-from diffusers_dsd.prompts import (
-    ADAPTER_NAME,
-    AttentionPrompts,
-    check_prompts_fit,
-    read_attention_prompts,
-    without_attention_prompts,
-)
-from diffusers_dsd.schedule import shared_noise, timestep_grid
-from diffusers_dsd.scoring import (
-    PairScores,
-    PromptEmbeddings,
-    attention_to_tokens,
-    check_score,
-    num_rows,
-    score_pairs,
-)
+from diffusers_dsd.features import FeatureCache
+from diffusers_dsd.images import to_image
+from diffusers_dsd.prepared import PreparedItems, seeded_noise
+from diffusers_dsd.prompts import ADAPTER_NAME, AttentionPrompts, check_prompts_fit, read_attention_prompts
+from diffusers_dsd.schedule import timestep_grid
+from diffusers_dsd.scoring import SCORES, Draws, PairScores, attention_to_tokens, check_score, num_rows
+from diffusers_dsd.timestep_weights import TimestepWeights
 from diffusers_dsd.wordmaps import WordMaps, merge_tokens
 from diffusers_dsd.words import words_with_tokens
-
-logger = logging.get_logger(__name__)
-
-ImageInput = Image.Image | str | os.PathLike | torch.Tensor
-_VAE_BATCH = 4  # images per VAE call: its memory grows with the square of the resolution
 
 
 @dataclass
@@ -59,8 +46,32 @@ class DSDOutput(BaseOutput):
     per_timestep: torch.Tensor
     timesteps: list[int]
 
+    @classmethod
+    def of_item(
+        cls,
+        timesteps: list[int],
+        images: Sequence[Any],
+        texts: Sequence[str],
+        part: slice,
+        *terms: torch.Tensor | None,
+    ) -> "DSDOutput":
+        """One item's part of the attention, denoising and total score, each (T, pairs) or None."""
+        attention, denoising, total = (
+            None if term is None else term[:, part].reshape(len(timesteps), len(images), len(texts)) for term in terms
+        )
+        assert total is not None
+        return cls(
+            scores=total.mean(0).float(),
+            attention=None if attention is None else attention.mean(0).float(),
+            denoising=None if denoising is None else denoising.mean(0).float(),
+            per_timestep=total.float(),
+            timesteps=timesteps,
+        )
 
-class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+
+class DSDPipeline(
+    EncodesImagesAndTexts, DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+):
     """Discriminative Stable Diffusion (arXiv 2305.10722): scores image-text pairs with a text-to-image model.
 
     Loads what Diffusers' Stable Diffusion pipelines load (1.x, 2.x, XL, or any model of the same components):
@@ -131,22 +142,6 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
-    def resolution(self) -> int:
-        """Width and height of images in pixels: what the model was trained on, unless another is set.
-
-        Raises:
-            DSDError: when set to what the UNet cannot halve as often as it has to.
-        """
-        return self._resolution or self.unet.config.sample_size * self.vae_scale_factor
-
-    @resolution.setter
-    def resolution(self, pixels: int) -> None:
-        unit = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if pixels < unit or pixels % unit:
-            raise DSDError(f"A resolution of {pixels} does not fit this model: choose a multiple of {unit}.")
-        self._resolution = pixels
-
-    @property
     def denoiser(self) -> EpsilonDenoiser:
         """ε̂(z_t, t, y) of this model, whatever it predicts."""
         return make_denoiser(self.unet, self.scheduler)
@@ -205,115 +200,6 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
             return self.attention_prompts is not None and self.attention_prompts.untuned_denoising
         return untuned_denoising
 
-    # ---- encoding
-
-    @torch.no_grad()
-    def encode_images(self, images: Sequence[ImageInput]) -> torch.Tensor:
-        """z0 = scaling_factor · E(x) of each image: (n, C, h, w) float32 on the execution device.
-
-        Args:
-            images: PIL images, paths, or tensors (3, H, W) in [-1, 1] at the model's resolution.
-
-        Raises:
-            DSDError: an image cannot be read, or a tensor has another shape or range.
-        """
-        pixels = [self._pixels(image) for image in images]
-        latents = []
-        for start in range(0, len(pixels), _VAE_BATCH):
-            batch = torch.stack(pixels[start : start + _VAE_BATCH])  # (k, 3, R, R), contiguous
-            latents.append(self._encode_pixels(batch.to(self._execution_device)))
-        return torch.cat(latents)
-
-    def _pixels(self, image: ImageInput) -> torch.Tensor:
-        size = self.resolution
-        if isinstance(image, torch.Tensor):
-            if tuple(image.shape) != (3, size, size):
-                raise DSDError(f"An image tensor is {tuple(image.shape)}: this model takes (3, {size}, {size}).")
-            if not (image.isfinite().all() and image.abs().max() <= 1.001):
-                raise DSDError("An image tensor holds values outside [-1, 1]: scale it as Diffusers does.")
-            return image.float().cpu().contiguous()
-        return to_tensor(image if isinstance(image, Image.Image) else open_image(image), size)
-
-    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(k, 3, R, R) in [-1, 1] -> latents (k, C, h, w) float32."""
-        # SDXL's VAE overflows in float16 and says so in its configuration, as Diffusers' own pipeline expects.
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast and self.text_encoder_2 is not None
-        if upcast:
-            self.vae.to(torch.float32)
-        try:
-            latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean.float()
-        finally:
-            if upcast:
-                self.vae.to(torch.float16)
-        mean, std = (getattr(self.vae.config, name, None) for name in ("latents_mean", "latents_std"))
-        if mean is not None and std is not None:
-            latents = (latents - latents.new_tensor(mean).view(1, -1, 1, 1)) / latents.new_tensor(std).view(1, -1, 1, 1)
-        return latents * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str], batch_size: int = 16) -> PromptEmbeddings:
-        """Prompt embeddings of the texts, and of the empty text as the last row, on the execution device.
-
-        A text longer than the tokenizer's maximum is truncated (`score` reports it).
-
-        Raises:
-            DSDError: a text is not a string.
-        """
-        for text in texts:
-            if not isinstance(text, str):
-                raise DSDError(f"A text is {text!r}, of type {type(text).__name__}: give strings.")
-        rows = [*texts, ""]
-        parts = [self._encode_text_batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-        embeds = torch.cat([part[0] for part in parts])  # (texts + 1, tokens, width)
-        if self.text_encoder_2 is None:
-            return PromptEmbeddings(embeds)
-        pooled = torch.cat([part[1] for part in parts])  # (texts + 1, d)
-        if self.config.force_zeros_for_empty_prompt:  # SDXL was trained with zeros for the missing text
-            embeds[-1], pooled[-1] = 0, 0
-        size = float(self.resolution)  # original size, crop corner, target size: a whole picture, uncropped
-        time_ids = embeds.new_tensor([[size, size, 0, 0, size, size]])
-        return PromptEmbeddings(embeds, pooled, time_ids)
-
-    def _encode_text_batch(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(k, tokens, width), and for SDXL the pooled (k, d)."""
-        if self.text_encoder_2 is None:
-            ids, mask = self._tokenize(texts, self.tokenizer)
-            if not getattr(self.text_encoder.config, "use_attention_mask", False):
-                mask = None
-            return self.text_encoder(ids, attention_mask=mask)[0], None
-        hidden, pooled = [], None
-        for tokenizer, encoder in (
-            (self.tokenizer, self.text_encoder),
-            (self.tokenizer_2, self.text_encoder_2),
-        ):
-            output = encoder(self._tokenize(texts, tokenizer)[0], output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])  # SDXL reads the last layer but one
-            pooled = output[0]  # the second encoder's is the projection
-        return torch.cat(hidden, dim=-1), pooled
-
-    def _tokenize(self, texts: list[str], tokenizer: CLIPTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, each (k, tokens), padded and truncated to the tokenizer's maximum."""
-        texts = [self.maybe_convert_prompt(text, tokenizer) for text in texts]
-        longest = tokenizer.model_max_length
-        tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt").to(
-            self._execution_device
-        )
-        return tokens.input_ids, tokens.attention_mask
-
-    def _report_truncated(self, texts: Sequence[str], where: str) -> None:
-        """Says once of each text that is too long how much of it counts."""
-        longest = self.tokenizer.model_max_length
-        for text in texts:
-            # Every token is at least one character, so a short text needs no look.
-            if not isinstance(text, str) or len(text) <= longest - 2 or text in self._reported_as_truncated:
-                continue
-            tokens = len(self.tokenizer(self.maybe_convert_prompt(text, self.tokenizer)).input_ids)
-            if tokens > longest:
-                self._reported_as_truncated.add(text)
-                logger.warning(
-                    f"{where}only the first {longest - 2} of {tokens - 2} tokens count in the text {text[:80]!r}…"
-                )
-
     # ---- scoring
 
     def score(
@@ -328,6 +214,8 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         batch_size: int = 16,
         attention_weight: float | None = None,
         untuned_denoising: bool | None = None,
+        layers: Iterable[str] = PATHS,
+        weights: TimestepWeights | None = None,
     ) -> DSDOutput:
         """Scores every image against every text.
 
@@ -345,6 +233,10 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
                 (the paper's) without any.
             untuned_denoising: compute the denoising term without the attention prompts, for one more UNet row per
                 text; None is what the prompts' training noted, otherwise False.
+            layers: the attention term's paths, of "down", "mid" and "up" (all in the paper). Without "up" the attention
+                score costs a third.
+            weights: learned weights of timesteps and layers, in the place of sampling_steps, score, halves,
+                attention_weight and untuned_denoising.
 
         Raises:
             DSDError: bad input, or a score that is not a number.
@@ -365,6 +257,8 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
                 batch_size,
                 attention_weight,
                 untuned_denoising,
+                layers=layers,
+                weights=weights,
                 on_batch=bar.update,
             )
         if not outputs[0].scores.isfinite().all():
@@ -384,67 +278,78 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
         batch_size: int = 16,
         attention_weight: float | None = None,
         untuned_denoising: bool | None = None,
+        layers: Iterable[str] = PATHS,
+        weights: TimestepWeights | None = None,
+        cache: FeatureCache | None = None,
         names: Sequence[str] | None = None,
         on_batch: Callable[[int], Any] = lambda rows: None,
     ) -> list[DSDOutput]:
         """`score` for several independent (images, texts), filling each UNet call across all of them.
 
-        An image (by path or object) or a text that occurs in several items is encoded once. `names` of the items are
-        for messages; `on_batch` is called with the number of rows of each UNet call. Scores that are not numbers are
-        returned as they are.
+        An image (by path or object) or a text that occurs in several items is encoded once; a `cache` remembers them
+        for later calls too, as long as the model's weights do not change. `names` of the items are for messages;
+        `on_batch` is called with the number of rows of each UNet call. Scores that are not numbers are returned as
+        they are.
         """
-        halves = self.resolve_halves(halves)
+        halves = weights.halves if weights else self.resolve_halves(halves)
         weight = self.resolve_attention_weight(attention_weight)
         check_score(score, halves)
+        self._check_request(items, batch_size, seed)
+        timesteps = weights.timesteps if weights else timestep_grid(sampling_steps)
+        for place, (_, item_texts) in enumerate(items):
+            self._report_truncated(item_texts, f"item {names[place]}: " if names else "")
+        untuned = weights.untuned_denoising if weights else self.resolve_untuned_denoising(untuned_denoising)
+        paths = check_paths(layers)
+        prepared = PreparedItems(self, items, batch_size, halves, seed, untuned, paths, cache, on_batch)
+        if noise is not None and tuple(noise.shape) != (len(timesteps), *prepared.latents.shape[1:]):
+            needed = (len(timesteps), *prepared.latents.shape[1:])
+            raise DSDError(f"The noise is {tuple(noise.shape)}: this grid and model need {needed}.")
+        pairs = [pair for item_pairs in prepared.pairs for pair in item_pairs]
+        if weights:
+            weights.check_layers(len(scored_layers(self.unet, paths)), paths)
+            terms = weights.apply(self._score_where_weighted(prepared, pairs, weights, noise))
+            # the output's mean over timesteps is the weighted sum
+            attention, denoising = (term * len(timesteps) for term in terms)
+            total = attention + denoising
+        else:
+            result = prepared.score(pairs, timesteps, score, noise)
+            attention, denoising, total = result.attention, result.denoising, result.total(weight)
+        self.maybe_free_model_hooks()
+        return [
+            DSDOutput.of_item(timesteps, images, texts, part, attention, denoising, total)
+            for (images, texts), part in zip(items, _parts(prepared.pairs), strict=True)
+        ]
+
+    def _score_where_weighted(
+        self,
+        prepared: PreparedItems,
+        pairs: list[tuple[int, int]],
+        weights: TimestepWeights,
+        noise: torch.Tensor | None,
+    ) -> PairScores:
+        """Both terms at the weights' timesteps; one that counts nothing at a timestep is not computed, and 0."""
+        num_layers, num_timesteps = len(weights.attention[0]), len(weights.timesteps)
+        layers = torch.zeros(num_timesteps, len(pairs), num_layers, dtype=torch.float64)
+        denoising = torch.zeros(num_timesteps, len(pairs), dtype=torch.float64)
+        for score in SCORES:
+            places = [place for place in range(num_timesteps) if weights.score_at(place) == score]
+            if not places:
+                continue
+            own_noise = None if noise is None else noise[places]
+            result = prepared.score(pairs, [weights.timesteps[place] for place in places], score, own_noise)
+            if result.layers is not None:
+                layers[places] = result.layers
+            if result.denoising is not None:
+                denoising[places] = result.denoising
+        return PairScores(layers, denoising)
+
+    def _check_request(self, items: Sequence[tuple[Sequence[Any], Sequence[str]]], batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise DSDError(f"The batch size is {batch_size}: choose at least 1.")
         if seed < 0:
             raise DSDError(f"The seed is {seed}: choose 0 or more.")
         if not all(images and texts for images, texts in items):
             raise DSDError("There is nothing to score: give at least one image and one text.")
-        timesteps = timestep_grid(sampling_steps)
-        images = _Distinct(image for item_images, _ in items for image in item_images)
-        texts = _Distinct(text for _, item_texts in items for text in item_texts)
-        pairs = [(images.index(i), texts.index(t)) for ims, ts in items for i in ims for t in ts]
-
-        for place, (_, item_texts) in enumerate(items):
-            self._report_truncated(item_texts, f"item {names[place]}: " if names else "")
-        prompts = self.encode_texts(texts.values, batch_size)
-        latents = self.encode_images(images.values)
-        noise = self._noise(noise, timesteps, latents.shape[1:], seed)
-
-        def score_with(score: str) -> PairScores:
-            return score_pairs(
-                self.denoiser, latents, prompts, pairs, timesteps, noise, score, halves, batch_size, on_batch
-            )
-
-        if self.resolve_untuned_denoising(untuned_denoising) and score != "attention":
-            attention = score_with("attention").attention if score == "hybrid" else None
-            with without_attention_prompts(self.unet):
-                result = PairScores(attention, score_with("denoising").denoising)
-        else:
-            result = score_with(score)
-        self.maybe_free_model_hooks()
-
-        outputs, start = [], 0
-        for item_images, item_texts in items:
-            shape = (len(timesteps), len(item_images), len(item_texts))
-            part = slice(start, start + len(item_images) * len(item_texts))
-            start = part.stop
-            attention, denoising, total = (
-                None if term is None else term[:, part].reshape(shape)
-                for term in (result.attention, result.denoising, result.total(weight))
-            )
-            outputs.append(
-                DSDOutput(
-                    scores=total.mean(0),
-                    attention=None if attention is None else attention.mean(0),
-                    denoising=None if denoising is None else denoising.mean(0),
-                    per_timestep=total,
-                    timesteps=timesteps,
-                )
-            )
-        return outputs
 
     def explain(
         self,
@@ -486,44 +391,22 @@ class DSDPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInve
             raise DSDError(f"The tokenizer finds no word in the text {text!r}: give another one.")
         prompts = self.encode_texts([text], batch_size)
         latents = self.encode_images([image])
-        noise = self._noise(None, timesteps, latents.shape[1:], seed)
+        draws = Draws(torch.tensor(timesteps), seeded_noise(seed, tuple(timesteps), tuple(latents.shape[1:])))
         with self.progress_bar(total=len(timesteps)) as bar:
 
             def count(rows: int) -> None:
                 bar.update(rows)
                 on_batch(rows)
 
-            attention, layers = attention_to_tokens(
-                self.denoiser, latents, prompts, timesteps, noise, batch_size, count
-            )
+            attention, layers = attention_to_tokens(self.denoiser, latents, prompts, draws, batch_size, count)
         self.maybe_free_model_hooks()
         maps, shares, special = merge_tokens(layers, [tokens for _, tokens in words])
         return WordMaps(to_image(image), text, [word for word, _ in words], maps, shares, special, attention)
 
-    def _noise(
-        self, noise: torch.Tensor | None, timesteps: list[int], shape: tuple[int, ...], seed: int
-    ) -> torch.Tensor:
-        """(T, C, h, w) float32."""
-        if noise is None:
-            return torch.stack([shared_noise(seed, timestep, tuple(shape)) for timestep in timesteps])
-        if tuple(noise.shape) != (len(timesteps), *shape):
-            raise DSDError(f"The noise is {tuple(noise.shape)}: this grid and model need {(len(timesteps), *shape)}.")
-        return noise.float()
 
-
-class _Distinct:
-    """The distinct values of a sequence in order; a path or text is known by its value, an image by identity."""
-
-    def __init__(self, values: Any) -> None:
-        self.values: list[Any] = []
-        self._places: dict[Any, int] = {}
-        for value in values:
-            if self._places.setdefault(self._key(value), len(self.values)) == len(self.values):
-                self.values.append(value)
-
-    def index(self, value: Any) -> int:
-        return self._places[self._key(value)]
-
-    @staticmethod
-    def _key(value: Any) -> Any:
-        return str(value) if isinstance(value, (str, os.PathLike)) else id(value)
+def _parts(pairs: Sequence[Sequence[Any]]) -> Iterator[slice]:
+    """Where each item's pairs are among the pairs of all items."""
+    start = 0
+    for item_pairs in pairs:
+        yield slice(start, start + len(item_pairs))
+        start += len(item_pairs)

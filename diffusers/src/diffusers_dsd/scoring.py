@@ -10,20 +10,24 @@ Every UNet call is a batch of rows (timestep, image, text). Rows of different im
 the empty text's row is computed once per image and timestep for all texts, and only where the score needs it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 
 import torch
 
-from diffusers_dsd.attention import AttentionReader, read_attention
+from diffusers_dsd.attention import PATHS, AttentionReader, EverythingRead, read_attention
 from diffusers_dsd.denoiser import EpsilonDenoiser
 from diffusers_dsd.errors import DSDError
 from diffusers_dsd.schedule import timestep_grid
+from diffusers_dsd.shared_prefix import RowGroups, share_prefix
 
 SCORES = ("hybrid", "attention", "denoising")
 HALVES = ("both", "cond")
 EMPTY = -1  # index of the empty text among the prompt embeddings
+
+Row = tuple[int, int, int]  # image, text (or EMPTY), draw: what one row of a UNet call looks at
+EmptyReading = tuple[list[float], float]  # A of each scored layer, and ‖ε - ε̂‖ (NaN where it was not computed)
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,35 @@ class PromptEmbeddings:
 
 
 @dataclass(frozen=True)
-class PairScores:
-    """Scores of P pairs at T timesteps, float32 on the CPU.
+class Draws:
+    """Timesteps and noises that pairs are looked at with.
 
     Attributes:
-        attention: A(y), or ½(A(y) + A(∅)) for both halves, (T, P); None for the denoising score.
-        denoising: B(y), (T, P); None for the attention score.
+        timesteps: (draws,) int64.
+        noise: (draws, C, h, w) float32.
     """
 
-    attention: torch.Tensor | None
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of P pairs at T timesteps, on the CPU.
+
+    Attributes:
+        layers: of each of L scored layers A(y), or ½(A(y) + A(∅)) for both halves, (T, P, L) float64; None for the
+            denoising score.
+        denoising: B(y), (T, P) float64; None for the attention score.
+    """
+
+    layers: torch.Tensor | None
     denoising: torch.Tensor | None
+
+    @property
+    def attention(self) -> torch.Tensor | None:
+        """The attention term, (T, P): every layer counts alike, whatever its size."""
+        return None if self.layers is None else self.layers.mean(dim=-1)
 
     def total(self, attention_weight: float = 1.0) -> torch.Tensor:
         """s_t for every timestep and pair, (T, P): w·A + B, or the one term there is."""
@@ -98,56 +121,82 @@ def score_pairs(
     latents: torch.Tensor,
     prompts: PromptEmbeddings,
     pairs: Sequence[tuple[int, int]],
-    timesteps: Sequence[int],
-    noise: torch.Tensor,
+    draws: Draws,
     score: str,
     halves: str,
     batch_size: int,
     on_batch: Callable[[int], None] = lambda rows: None,
+    paths: Iterable[str] = PATHS,
+    empties: MutableMapping[tuple[int, int], EmptyReading] | None = None,
 ) -> PairScores:
-    """Scores P pairs of an image and a text at T timesteps.
+    """Scores P pairs of an image and a text at T timesteps. A pair that is there twice is computed once.
 
     Args:
         denoiser: the model.
         latents: z0 of each image, (images, C, h, w) float32 on the model's device.
         prompts: the texts, on the model's device.
         pairs: (image, text) indices.
-        timesteps: the grid, T numbers in 0 … 999.
-        noise: ε_t, (T, C, h, w) float32, shared by all pairs.
+        draws: T timesteps, 0 … 999, and the noise ε_t of each, which all pairs share.
         score: "hybrid", "attention" or "denoising".
         halves: "cond" or "both": whether A is the text's own, or averaged with the empty text's.
         batch_size: most rows in one UNet call.
         on_batch: called after each UNet call with its number of rows.
+        paths: whose scored layers count, of "down", "mid" and "up".
+        empties: what the empty text's rows of (image, draw) read: those that are there are not computed, the others
+            are added.
 
     Raises:
-        DSDError: an unknown score or halves.
+        DSDError: an unknown score, halves or path.
     """
     check_score(score, halves)
-    images = sorted({image for image, _ in pairs}) if needs_empty_text(score, halves) else []
-    columns = [(image, EMPTY) for image in images] + list(pairs)  # what is looked at, at every timestep
-    device = latents.device
-    grid = torch.as_tensor(timesteps, device=device)  # (T,)
-    noise = noise.to(device)
-    rows = ((t, image, text) for t in range(len(timesteps)) for image, text in columns)
-    attentions, errors = [], []  # stay on the device: a copy to the CPU per batch would stall it
-    with read_attention(denoiser.unet) as reader:
-        while batch := list(islice(rows, batch_size)):
-            at, image, text = (list(index) for index in zip(*batch, strict=True))
-            attention, error = measure(denoiser, reader, latents[image], noise[at], grid[at], prompts, text)
-            attentions.append(attention)
-            errors.append(error)
+    empties = {} if empties is None else empties
+    num_draws = len(draws.timesteps)
+    draws = Draws(draws.timesteps.to(latents.device), draws.noise.to(latents.device))
+    distinct = sorted(set(pairs))
+    with_empty = needs_empty_text(score, halves)
+    # Rows that share their image and timestep are neighbours, so that they share the text-free part of a UNet call.
+    rows: dict[Row, int] = {}
+    for draw in range(num_draws):
+        for image, group in groupby(distinct, key=lambda pair: pair[0]):
+            if with_empty and (image, draw) not in empties:
+                rows[image, EMPTY, draw] = len(rows)
+            for _, text in group:
+                rows[image, text, draw] = len(rows)
+
+    readings, errors = [], []  # stay on the device: a copy to the CPU per batch would stall it
+    with (
+        read_attention(denoiser.unet, paths=paths, attention_only=score == "attention") as reader,
+        share_prefix(denoiser.unet) as groups,
+    ):
+        for batch in chunks(rows, batch_size):
+            reading, error = measure(denoiser, reader, latents, prompts, draws, batch, groups)
+            readings.append(reading)
+            errors.append(reading.new_full((len(batch),), torch.nan) if error is None else error)
             on_batch(len(batch))
-    shape = (len(timesteps), len(columns))
-    attention, error = (torch.cat(values).view(shape).cpu().double() for values in (attentions, errors))
-    (attention_empty, attention), (error_empty, error) = (
-        (values[:, : len(images)], values[:, len(images) :]) for values in (attention, error)
+    layers, error = torch.cat(readings).cpu().double(), torch.cat(errors).cpu().double()  # (rows, L), (rows,)
+
+    own = torch.tensor([[rows[image, text, draw] for image, text in pairs] for draw in range(num_draws)])  # (T, P)
+    layers_of_pairs, error_of_pairs = layers[own], error[own]
+    if with_empty:
+        for (image, text, draw), row in rows.items():
+            if text == EMPTY:
+                empties[image, draw] = (layers[row].tolist(), float(error[row]))
+        empty = [[empties[image, draw] for image, _ in pairs] for draw in range(num_draws)]
+        error_empty = torch.tensor([[error for _, error in column] for column in empty], dtype=torch.float64)
+        if halves == "both":
+            layers_empty = torch.tensor([[reading for reading, _ in column] for column in empty], dtype=torch.float64)
+            layers_of_pairs = (layers_of_pairs + layers_empty) / 2
+    return PairScores(
+        None if score == "denoising" else layers_of_pairs,
+        None if score == "attention" else error_empty - error_of_pairs,
     )
-    column = {image: place for place, image in enumerate(images)}
-    own = [column[image] for image, _ in pairs] if images else []  # each pair's column of the empty text
-    denoising = None if score == "attention" else (error_empty[:, own] - error).float()  # (T, P)
-    if halves == "both":
-        attention = (attention + attention_empty[:, own]) / 2
-    return PairScores(None if score == "denoising" else attention.float(), denoising)
+
+
+def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """The rows in order, at most `size` at a time."""
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
 @torch.no_grad()
@@ -155,60 +204,68 @@ def attention_to_tokens(
     denoiser: EpsilonDenoiser,
     latents: torch.Tensor,
     prompts: PromptEmbeddings,
-    timesteps: Sequence[int],
-    noise: torch.Tensor,
+    draws: Draws,
     batch_size: int,
     on_batch: Callable[[int], None] = lambda rows: None,
 ) -> tuple[float, list[torch.Tensor]]:
     """A of one image and the first text, and what each token has in it (see `wordmaps`).
 
     Args:
-        denoiser, prompts, timesteps, noise, batch_size, on_batch: as for `score_pairs`.
+        denoiser, prompts, draws, batch_size, on_batch: as for `score_pairs`.
         latents: z0 of the image, (1, C, h, w) float32 on the model's device.
 
     Returns:
         A, and for each scored layer its attention probabilities, averaged over heads and timesteps:
         (queries, tokens) float32 on the CPU.
     """
-    device = latents.device
-    grid, noise = torch.as_tensor(timesteps, device=device), noise.to(device)
+    num_draws = len(draws.timesteps)
+    draws = Draws(draws.timesteps.to(latents.device), draws.noise.to(latents.device))
     attention, sums = 0.0, {}
-    with read_attention(denoiser.unet, keep_probabilities=True) as reader:
-        for at in torch.arange(len(grid), device=device).split(batch_size):
-            rows = len(at)
-            readings, _ = measure(
-                denoiser, reader, latents.expand(rows, -1, -1, -1), noise[at], grid[at], prompts, [0] * rows
-            )
-            attention += float(readings.double().sum())
+    with read_attention(denoiser.unet, keep_probabilities=True, attention_only=True) as reader:
+        for rows in chunks([(0, 0, draw) for draw in range(num_draws)], batch_size):
+            reading, _ = measure(denoiser, reader, latents, prompts, draws, rows)
+            attention += float(reading.mean(dim=1).double().sum())
             for layer, probabilities in reader.probabilities.items():
                 sums[layer] = sums.get(layer, 0) + probabilities.sum(0)  # (queries, tokens)
-            on_batch(rows)
-    return attention / len(grid), [total.cpu() / len(grid) for total in sums.values()]
+            on_batch(len(rows))
+    return attention / num_draws, [total.cpu() / num_draws for total in sums.values()]
 
 
 def measure(
     denoiser: EpsilonDenoiser,
     reader: AttentionReader,
     latents: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
     prompts: PromptEmbeddings,
-    texts: list[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a score is made of, for one UNet call: A and ‖ε_t - ε̂(z_t, t, y)‖₂ of each row, with gradient if enabled.
+    draws: Draws,
+    rows: Sequence[Row],
+    groups: RowGroups | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a score is made of, for one UNet call, with gradient if enabled.
 
     Args:
-        denoiser: the model, patched by `reader`'s context.
+        denoiser: the model, patched by the contexts of `reader` and `groups`.
         reader: reads the attention.
-        latents: z0 of each row, (rows, C, h, w).
-        noise: ε_t of each row, (rows, C, h, w).
-        timesteps: (rows,).
+        latents: z0 of each image, (images, C, h, w).
         prompts: the texts.
-        texts: each row's text, `EMPTY` for the empty one.
+        draws: timesteps and noises, on the model's device.
+        rows: what each row looks at.
+        groups: is told which rows share the text-free part of the call.
+
+    Returns:
+        The readings of each scored layer (rows, layers), and ‖ε_t - ε̂(z_t, t, y)‖₂ of each row (rows,), None where
+        the reader ends calls before there is a noise estimate.
     """
-    noisy = denoiser.add_noise(latents, noise, timesteps)  # (rows, C, h, w)
-    estimate = denoiser(noisy, timesteps, **prompts.rows(texts))
-    return reader.mean(), _norm(noise - estimate)  # each (rows,)
+    image, text, draw = (list(index) for index in zip(*rows, strict=True))
+    timesteps, noise = draws.timesteps[draw], draws.noise[draw]  # (rows,), (rows, C, h, w)
+    if groups is not None:
+        numbers: dict[tuple[int, int], int] = {}
+        groups.set([numbers.setdefault((i, d), len(numbers)) for i, _, d in rows], latents.device)
+    noisy = denoiser.add_noise(latents[image], noise, timesteps)  # (rows, C, h, w)
+    try:
+        estimate = denoiser(noisy, timesteps, **prompts.rows(text))
+    except EverythingRead:
+        return reader.by_layer(), None
+    return reader.by_layer(), _norm(noise - estimate)
 
 
 def _norm(residual: torch.Tensor) -> torch.Tensor:

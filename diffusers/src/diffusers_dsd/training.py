@@ -11,9 +11,8 @@ cancel and are not computed.
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -21,23 +20,10 @@ import torch
 from diffusers_dsd.attention import read_attention
 from diffusers_dsd.denoiser import EpsilonDenoiser
 from diffusers_dsd.schedule import NUM_TRAIN_TIMESTEPS
-from diffusers_dsd.scoring import EMPTY, PromptEmbeddings, measure
+from diffusers_dsd.scoring import EMPTY, Draws, PromptEmbeddings, Row, chunks, measure
+from diffusers_dsd.shared_prefix import RowGroups, share_prefix
 
-Row = tuple[int, int, int]  # image, text (or EMPTY), draw: what one row of a UNet call looks at
 Weights = dict[Row, tuple[float, float]]  # what A and ‖ε - ε̂‖ of each row count for
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Timesteps and noises that candidates are looked at with.
-
-    Attributes:
-        timesteps: (draws,) int64.
-        noise: (draws, C, h, w) float32.
-    """
-
-    timesteps: torch.Tensor
-    noise: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -138,16 +124,19 @@ def hinge_step(
     needed = dict.fromkeys(
         row for example in weights for candidate in example for row, counts in candidate.items() if any(counts)
     )
-    with read_attention(denoiser.unet) as reader:
+    # Gradient checkpointing repeats parts of a call and must not be left in the middle of one.
+    attention_only = score == "attention" and not denoiser.unet.is_gradient_checkpointing
+    with read_attention(denoiser.unet, attention_only=attention_only) as reader:
 
-        def readings(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-            image, text, draw = (list(index) for index in zip(*rows, strict=True))
-            return measure(denoiser, reader, latents[image], draws.noise[draw], draws.timesteps[draw], prompts, text)
+        def readings(rows: list[Row], groups: RowGroups | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+            layers, error = measure(denoiser, reader, latents, prompts, draws, rows, groups)
+            attention = layers.mean(dim=1)  # (rows,)
+            return attention, torch.zeros_like(attention) if error is None else error
 
         values: dict[Row, tuple[float, float]] = {}
-        with torch.no_grad():
-            for rows in _chunks(needed, batch_size):
-                pairs = torch.stack(readings(rows), dim=1)  # (rows, 2), float64 where the device has it
+        with torch.no_grad(), share_prefix(denoiser.unet) as groups:
+            for rows in chunks(needed, batch_size):
+                pairs = torch.stack(readings(rows, groups), dim=1)  # (rows, 2), float64 where the device has it
                 values.update(zip(rows, pairs.tolist(), strict=True))
         scores = [
             [sum(a * values[row][0] + e * values[row][1] for row, (a, e) in c.items() if a or e) for c in example]
@@ -172,9 +161,3 @@ def hinge_step(
             counts = torch.tensor([objective[row] for row in counting], device=attention.device)  # (rows, 2)
             backward((counts[:, 0] * attention + counts[:, 1] * error.float()).sum())
     return StepOutcome(loss, satisfied, len(examples), scores)
-
-
-def _chunks(rows: Iterable[Row], size: int) -> Iterable[list[Row]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
