@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_dsd.attention import PATHS
+from diffusers_dsd.attention import PATHS, scored_layers
 from diffusers_dsd.features import FeatureCache, image_key
 from diffusers_dsd.prompts import without_attention_prompts
 from diffusers_dsd.schedule import shared_noise
@@ -64,7 +64,12 @@ class PreparedItems:
         self.image_keys = [image_key(image, pipe.resolution) for image in images.values]
 
     def score(
-        self, pairs: Sequence[Pair], timesteps: Sequence[int], score: str, noise: torch.Tensor | None = None
+        self,
+        pairs: Sequence[Pair],
+        timesteps: Sequence[int],
+        score: str,
+        noise: torch.Tensor | None = None,
+        relative: bool = False,
     ) -> PairScores:
         """Scores pairs at timesteps.
 
@@ -73,30 +78,37 @@ class PreparedItems:
             timesteps: T of 0 … 999.
             score: "hybrid", "attention" or "denoising".
             noise: (T, C, h, w), in the place of the seed's.
+            relative: leave out what the empty text reads: scores are then right up to a constant for each image and
+                timestep.
         """
         shape = tuple(self.latents.shape[1:])
-        own_noise = noise is not None
+        has_own_noise = noise is not None
         noise = seeded_noise(self.seed, tuple(timesteps), shape) if noise is None else noise.float()
         draws = Draws(torch.as_tensor(timesteps), noise)
+        cache = None if has_own_noise or relative else self.cache
 
         def score_with(score: str, untuned: bool = False) -> PairScores:
             images = sorted({image for image, _ in pairs}) if needs_empty_text(score, self.halves) else []
-            cache = None if own_noise else self.cache
-            keys = {i: self._empty_key(i, timesteps, score, untuned) for i in images} if cache is not None else {}
-            empties: dict[tuple[int, int], EmptyReading] = {}
-            for image, key in keys.items():
-                if cache is not None and key is not None and (entry := cache.get(key)) is not None:
-                    for draw, (reading, error) in enumerate(zip(entry["layers"], entry["error"], strict=True)):
-                        empties[image, draw] = (reading.tolist(), float(error))
+            empties = self._known_empties(images, timesteps, score, untuned, cache)
+            if relative:
+                nothing = ([0.0] * len(scored_layers(self.pipe.unet, self.paths)), 0.0)
+                empties = {(image, draw): nothing for image in images for draw in range(len(timesteps))}
             known = {image for image, _ in empties}
             result = score_pairs(
                 self.pipe.denoiser, self.latents, self.prompts, pairs, draws, score, self.halves, self.batch_size,
                 self.on_batch, self.paths, empties,
             )  # fmt: skip
-            for image, key in keys.items():
-                if cache is not None and key is not None and image not in known:
+            for image in images:
+                if (
+                    cache is not None
+                    and image not in known
+                    and (key := self._empty_key(image, timesteps, score, untuned))
+                ):
                     layers, error = zip(*(empties[image, draw] for draw in range(len(timesteps))), strict=True)
-                    numbers = {"layers": torch.tensor(layers).double(), "error": torch.tensor(error).double()}
+                    numbers = {
+                        "layers": torch.tensor(layers, dtype=torch.float64),
+                        "error": torch.tensor(error, dtype=torch.float64),
+                    }
                     cache.put(key, numbers)
             return result
 
@@ -105,6 +117,18 @@ class PreparedItems:
         layers = score_with("attention").layers if score == "hybrid" else None
         with without_attention_prompts(self.pipe.unet):
             return PairScores(layers, score_with("denoising", untuned=True).denoising)
+
+    def _known_empties(
+        self, images: Sequence[int], timesteps: Sequence[int], score: str, untuned: bool, cache: FeatureCache | None
+    ) -> dict[tuple[int, int], EmptyReading]:
+        """What the cache knows of the empty text's readings of (image, timestep's place)."""
+        found: dict[tuple[int, int], EmptyReading] = {}
+        for image in images if cache is not None else []:
+            key = self._empty_key(image, timesteps, score, untuned)
+            if cache is not None and key is not None and (entry := cache.get(key)) is not None:
+                for draw, (reading, error) in enumerate(zip(entry["layers"], entry["error"], strict=True)):
+                    found[image, draw] = (reading.tolist(), float(error))
+        return found
 
     def _empty_key(self, image: int, timesteps: Sequence[int], score: str, untuned: bool) -> tuple | None:
         """What the empty text's readings of an image are known by; None for pictures without a file."""
