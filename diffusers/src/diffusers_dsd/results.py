@@ -191,6 +191,8 @@ class ResultsFolder:
                 f"elsewhere: give a --results_dir that all machines share, or copy their scores-*.jsonl into this "
                 f"folder, and start the same command again."
             )
+        for half_written in self.path.glob(".*.tmp"):  # by a run that was killed; nobody else writes here now
+            half_written.unlink()
         target = self.path / SCORES_NAME
         with _replacing(target) as file, ExitStack() as stack:
             opened = [stack.enter_context(path.open("rb")) for path in paths]
