@@ -11,6 +11,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of optional packages that no score needs
 
@@ -30,9 +31,11 @@ from diffusers_dsd.cli import (
     positive_int,
     settle_score,
 )
-from diffusers_dsd.evaluation import ScoreSettings, evaluate
+from diffusers_dsd.errors import DSDError
+from diffusers_dsd.evaluation import ScoreSettings, evaluate, run_settings
 from diffusers_dsd.metrics import format_table
 from diffusers_dsd.models import VERSIONS, default_model, load_pipeline
+from diffusers_dsd.results import SETTINGS_NAME, find_results
 from diffusers_dsd.schedule import timestep_grid
 from diffusers_dsd.scoring import SCORES
 
@@ -145,7 +148,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--results_dir",
         type=Path,
         metavar="DIR",
-        help="where to write scores.jsonl and results.json (default: results/BENCHMARK-MODEL-TIME)",
+        help="where to write scores.jsonl and results.json (default: results/BENCHMARK-MODEL-TIME); the results of an "
+        "earlier run of the same settings that are there are gone on with",
+    )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the newest results of the same settings in results/ (or those in --results_dir), and fail "
+        "where there are none",
     )
     args = parser.parse_args(argv)
 
@@ -169,30 +179,44 @@ def main() -> None:
 def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Scores this process's share of the benchmark's items; the main process writes and prints the figures."""
     pipe, benchmark = in_every_process(accelerator, lambda: load(args, accelerator))
-    default_folder = "-".join([benchmark.name, Path(args.model).name, time.strftime("%Y%m%d-%H%M%S")])
-    folder = Path(broadcast_object_list([str(args.results_dir or ROOT / "results" / default_folder)])[0])
-    figures = evaluate(
-        pipe,
-        benchmark,
-        ScoreSettings(
-            sampling_steps=args.sampling_time_steps,
-            score=args.score,
-            halves=pipe.resolve_halves(args.halves),
-            seed=args.seed,
-            batch_size=args.batchsize,
-            attention_weight=pipe.resolve_attention_weight(args.attention_weight),
-            untuned_denoising=pipe.resolve_untuned_denoising(args.untuned_denoising),
-        ),
-        folder,
-        accelerator,
-        limit=args.limit,
-        settings={"model": args.model, "checkpoint": str(args.checkpoint) if args.checkpoint else None},
+    how = ScoreSettings(
+        sampling_steps=args.sampling_time_steps,
+        score=args.score,
+        halves=pipe.resolve_halves(args.halves),
+        seed=args.seed,
+        batch_size=args.batchsize,
+        attention_weight=pipe.resolve_attention_weight(args.attention_weight),
+        untuned_denoising=pipe.resolve_untuned_denoising(args.untuned_denoising),
     )
+    model = {"model": args.model, "checkpoint": str(args.checkpoint) if args.checkpoint else None}
+    settings = run_settings(pipe, benchmark, how, args.limit, model)
+    # the main process chooses: the others' clocks and disks may differ
+    chosen = in_every_process(
+        accelerator, lambda: str(results_folder(args, settings)) if accelerator.is_main_process else ""
+    )
+    folder = Path(broadcast_object_list([chosen])[0])
+    figures = evaluate(pipe, benchmark, how, folder, accelerator, limit=args.limit, settings=model)
     if accelerator.is_main_process:
         print(f"{benchmark.name}, {args.score} score, seed {args.seed}")
         print(format_table(figures))
         print(f"Scores of every item and results.json are in {folder}")
     accelerator.end_training()
+
+
+def results_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """Where to write: --results_dir, or a folder of its own in results/; with --resume one that an earlier run began.
+
+    Raises:
+        DSDError: there is nothing to resume.
+    """
+    if args.resume and not args.results_dir:
+        return find_results(ROOT / "results", settings)
+    if args.resume and not (args.results_dir / SETTINGS_NAME).is_file():
+        raise DSDError(
+            f"--resume: there is nothing to resume in {args.results_dir}: leave --resume out to start there."
+        )
+    name = "-".join([settings["val_data"], Path(args.model).name, time.strftime("%Y%m%d-%H%M%S")])
+    return args.results_dir or ROOT / "results" / name
 
 
 def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple[DSDPipeline, MatchingDataset]:

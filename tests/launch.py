@@ -9,8 +9,13 @@ from pathlib import Path
 from conftest import ROOT
 
 
+def environment() -> dict[str, str]:
+    """Offline, and one thread per process so that two do not fight over cores."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 def launch(script: str, *args: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """`accelerate launch` on the CPU, offline, one thread per process so that two do not fight over cores."""
+    """`accelerate launch` on the CPU."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
     command += [
         "--num_machines",
@@ -22,11 +27,10 @@ def launch(script: str, *args: str, processes: int = 1, cwd: Path = ROOT) -> sub
         "--num_cpu_threads_per_process",
         "1",
     ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, script, *map(str, args)],
         cwd=cwd,
-        env=environment,
+        env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

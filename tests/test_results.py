@@ -3,12 +3,21 @@
 import json
 import os
 import resource
+import tracemalloc
 from contextlib import contextmanager
 
 import pytest
 
 from diffusers_dsd import DSDError
-from diffusers_dsd.results import SCORES_NAME, ResultsFolder, load_records, versions, write_json, write_text
+from diffusers_dsd.results import (
+    SCORES_NAME,
+    ResultsFolder,
+    find_results,
+    load_records,
+    versions,
+    write_json,
+    write_text,
+)
 
 SETTINGS = {"model": "tiny", "seed": 0, "checkpoint": None}
 
@@ -24,11 +33,15 @@ def filled(path, shards, count=7):
     return folder
 
 
+def done(folder, total=7):
+    return [index for index, is_done in enumerate(folder.done(total)) if is_done]
+
+
 @pytest.mark.parametrize("shards", [1, 2, 3])
 def test_shards_come_together_in_order(tmp_path, shards):
     folder = filled(tmp_path / "out", shards)
-    assert folder.done_ids() == {f"item-{i}" for i in range(7)}
-    folder.merge()
+    assert done(folder) == list(range(7))
+    folder.merge(7)
     assert list(load_records(tmp_path / "out" / SCORES_NAME)) == [record(i) for i in range(7)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [SCORES_NAME, "settings.json"]
 
@@ -36,24 +49,23 @@ def test_shards_come_together_in_order(tmp_path, shards):
 def test_a_killed_run_is_continued_by_another_number_of_processes(tmp_path):
     filled(tmp_path, 3, count=4)
     again = ResultsFolder(tmp_path, SETTINGS)
-    done = again.done_ids()
-    assert len(done) == 4
+    assert done(again) == [0, 1, 2, 3]
     for index in range(7):
-        if f"item-{index}" not in done:
+        if not again.done(7)[index]:
             again.append(record(index), shard=0)
-    again.merge()
+    again.merge(7)
     assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(7)]
 
 
 def test_a_kill_between_merging_and_removing_the_shards_counts_nothing_twice(tmp_path):
     folder = filled(tmp_path, 2)
     shards = {path: path.read_bytes() for path in tmp_path.glob("scores-*")}
-    folder.merge()
+    folder.merge(7)
     for path, content in shards.items():
         path.write_bytes(content)
     again = ResultsFolder(tmp_path, SETTINGS)
-    assert len(again.done_ids()) == 7
-    again.merge()
+    assert len(done(again)) == 7
+    again.merge(7)
     assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(7)]
 
 
@@ -65,9 +77,9 @@ def test_a_last_line_cut_anywhere_is_dropped_and_written_again(tmp_path):
         path = tmp_path / f"cut-{cut}"
         folder = ResultsFolder(path, SETTINGS)
         (path / "scores-00000.jsonl").write_bytes(shard[:cut])
-        assert folder.done_ids() == {"item-0"}
+        assert done(folder) == [0]
         folder.append(record(1), shard=0)
-        folder.merge()
+        folder.merge(2)
         assert list(load_records(path / SCORES_NAME)) == [record(0), record(1)]
 
 
@@ -77,10 +89,10 @@ def test_a_half_line_in_a_shard_that_nobody_continues_is_dropped(tmp_path, shard
     shard = tmp_path / "scores-00002.jsonl"
     shard.write_bytes(shard.read_bytes()[:-5])
     again = ResultsFolder(tmp_path, SETTINGS)
-    assert again.done_ids() == {"item-0", "item-1"}
+    assert done(again) == [0, 1]
     for index in range(2, 7):
         again.append(record(index), shard=index % shards)
-    again.merge()
+    again.merge(7)
     assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(7)]
 
 
@@ -95,7 +107,7 @@ def test_texts_that_are_not_unicode_come_back_as_they_were(tmp_path):
     settings = SETTINGS | {"model": "caf\udce9"}  # what Python makes of a Latin-1 file name
     folder = ResultsFolder(tmp_path, settings)
     folder.append(record(0) | {"texts": ["\udce9", "\u2028", "😀"]}, shard=0)
-    ResultsFolder(tmp_path, settings).merge()
+    ResultsFolder(tmp_path, settings).merge(1)
     assert next(load_records(tmp_path / SCORES_NAME))["texts"] == ["\udce9", "\u2028", "😀"]
 
 
@@ -107,6 +119,55 @@ def test_other_settings_are_refused_by_the_first_difference(tmp_path):
     with pytest.raises(DSDError, match="checkpoint was None and is now 'x'"):
         ResultsFolder(tmp_path, SETTINGS | {"checkpoint": "x"})
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_missing_items_are_said_and_no_shard_is_lost(tmp_path):
+    """What the main process sees where the other machine writes to a disk of its own."""
+    folder = ResultsFolder(tmp_path, SETTINGS)
+    for index in (0, 2, 4):
+        folder.append(record(index), shard=0)
+    with pytest.raises(DSDError, match=r"holds 3 of 5 items.*that all machines share"):
+        folder.merge(5)
+    assert not (tmp_path / SCORES_NAME).exists() and done(folder) == [0, 2, 4]
+    for index in (1, 3):  # the other machine's shard is copied into the folder
+        folder.append(record(index), shard=1)
+    folder.merge(5)
+    assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(5)]
+
+
+def test_an_item_that_the_benchmark_does_not_have_is_refused(tmp_path):
+    folder = filled(tmp_path, 1)
+    with pytest.raises(DSDError, match=r"scores-00000\.jsonl holds item 5, but the benchmark has 5 items now"):
+        folder.done(5)
+    with pytest.raises(DSDError, match="has 5 items now"):
+        folder.merge(5)
+
+
+def test_the_newest_folder_of_the_same_settings_is_found(tmp_path):
+    with pytest.raises(DSDError, match=r"--resume: there is nothing to resume in .*: leave --resume out"):
+        find_results(tmp_path, SETTINGS)
+    for age, (name, seed) in enumerate([("c", 1), ("a", 0), ("b", 0), ("d", 1)]):
+        ResultsFolder(tmp_path / name, SETTINGS | {"seed": seed})
+        os.utime(tmp_path / name / "settings.json", (1000 - age, 1000 - age))
+    assert find_results(tmp_path, SETTINGS) == tmp_path / "a"
+    with pytest.raises(DSDError, match=r"in the newest folder, c, seed was 1 and is now 2\)"):
+        find_results(tmp_path, SETTINGS | {"seed": 2})
+
+
+def test_what_is_kept_of_each_item_while_merging_is_small(tmp_path):
+    """Twelve bytes per item, so that 100,000 more items are about a megabyte."""
+    folder = ResultsFolder(tmp_path, SETTINGS)
+    peaks = []
+    for count in (1000, 6000):
+        lines = (json.dumps(record(index)) + "\n" for index in range(count))
+        (tmp_path / "scores-00000.jsonl").write_text("".join(lines))
+        tracemalloc.start()
+        assert all(folder.done(count))
+        folder.merge(count)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        (tmp_path / SCORES_NAME).unlink()
+    assert peaks[1] - peaks[0] < 5000 * 16
 
 
 def test_scores_of_unknown_settings_and_damaged_lines_are_refused(tmp_path):
@@ -125,7 +186,7 @@ def test_nan_is_never_written(tmp_path):
     folder = ResultsFolder(tmp_path, SETTINGS)
     with pytest.raises(DSDError, match="item-3"):
         folder.append(record(3) | {"scores": [[float("nan")]]}, shard=0)
-    assert not folder.done_ids()
+    assert not done(folder)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
@@ -140,9 +201,9 @@ def test_a_shard_that_cannot_be_read_is_one_sentence(tmp_path):
     folder = filled(tmp_path, 1)
     (tmp_path / "scores-00001.jsonl").mkdir()
     with pytest.raises(DSDError, match=r"scores-00001\.jsonl cannot be read"):
-        folder.done_ids()
+        folder.done(7)
     with pytest.raises(DSDError, match=r"scores-00001\.jsonl cannot be read"):
-        folder.merge()
+        folder.merge(7)
 
 
 @contextmanager
@@ -161,15 +222,14 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
     with pytest.raises(DSDError, match=r"scores-00000\.jsonl cannot be written"), small_disk():
         filled(tmp_path, 1, count)
     folder = ResultsFolder(tmp_path, SETTINGS)
-    done = folder.done_ids()
-    assert {f"item-{i}" for i in range(5)} < done < {f"item-{i}" for i in range(count)}
-    for index in range(count):
-        if f"item-{index}" not in done:
-            folder.append(record(index), shard=1)
+    before = done(folder, count)
+    assert 5 < len(before) < count and before == list(range(len(before)))
+    for index in range(len(before), count):
+        folder.append(record(index), shard=1)
     with pytest.raises(DSDError, match=r"scores\.jsonl cannot be written"), small_disk():
-        folder.merge()
+        folder.merge(count)
     assert not list(tmp_path.glob(".*.tmp")) and not (tmp_path / SCORES_NAME).exists()
-    folder.merge()
+    folder.merge(count)
     assert list(load_records(tmp_path / SCORES_NAME)) == [record(i) for i in range(count)]
 
 

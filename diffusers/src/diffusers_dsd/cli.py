@@ -81,26 +81,44 @@ def make_accelerator(**options: Any) -> Accelerator:
     """The `Accelerator` for however the script was launched, on CPUs where there is nothing else.
 
     `accelerate launch --num_processes N` starts a single process where it finds no GPU, or with --cpu (it leaves the
-    rest to mpirun). The script is then started again under torchrun, in N processes that talk over gloo.
+    rest to mpirun). The script is then started again under torchrun, in N processes that talk over gloo; with
+    --num_machines M on each of them, in N / M processes that find the others at --main_process_ip.
+
+    Raises:
+        DSDError: several machines were asked for, but their processes would not know of each other.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
     launched_alone = "MASTER_ADDR" in os.environ and not {"RANK", "LOCAL_RANK", "PMI_SIZE"} & set(os.environ)
-    if on_cpu and launched_alone and (torchrun := _torchrun_command()):
+    if launched_alone and (torchrun := _torchrun_command(on_cpu)):
         os.execv(sys.executable, torchrun)
     return Accelerator(cpu=on_cpu, **options)
 
 
-def _torchrun_command() -> list[str] | None:
-    """What `accelerate launch` was asked for, told by the parent's command line, as a torchrun command."""
+def _torchrun_command(on_cpu: bool) -> list[str] | None:
+    """What `accelerate launch` was asked for, told by the parent's command line, as a torchrun command.
+
+    Raises:
+        DSDError: see `make_accelerator`.
+    """
     command = psutil.Process().parent().cmdline()
     start = next((i for i, word in enumerate(command) if word.removesuffix(".py").endswith("launch")), None)
     if start is None:
         return None
     asked = launch_command_parser().parse_args(command[start + 1 :])
-    machines = asked.num_machines or 1
-    if (asked.num_processes or 1) <= 1:
+    machines, processes = asked.num_machines or 1, asked.num_processes or 1
+    if machines > 1 and not on_cpu:  # it takes one GPU per machine for one process in all
+        raise DSDError(
+            f"--num_machines {machines}: accelerate launch has started a process that does not know of the other "
+            f"machines: add --multi_gpu to its flags."
+        )
+    if processes % machines:
+        raise DSDError(
+            f"--num_processes {processes} on --num_machines {machines}: it counts the processes of all machines, so "
+            f"give a multiple of {machines}."
+        )
+    if not on_cpu or processes == 1:
         return None
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={asked.num_processes // machines}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes // machines}"]
     if machines == 1:
         torchrun.append("--standalone")  # finds a free port
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from diffusers_dsd.cli import in_every_process, wait_for_the_others
@@ -95,21 +96,11 @@ def evaluate(
         DSDError: bad data, a score that is not a number, or a folder that cannot be written or is of other settings.
     """
     total = min(len(benchmark), limit or len(benchmark))
-    settings = {
-        "val_data": benchmark.name,
-        **(settings or {}),
-        "sampling_time_steps": how.sampling_steps,
-        "score": how.score,
-        "halves": how.halves,
-        "attention_weight": how.attention_weight,
-        "untuned_denoising": how.untuned_denoising,
-        "seed": how.seed,
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "limit": limit,
-    }
-    results = in_every_process(accelerator, lambda: ResultsFolder(folder, settings))
-    done = results.done_ids()
-    accelerator.wait_for_everyone()  # nobody writes before everybody has read what is done
+    settings = run_settings(pipe, benchmark, how, limit, settings)
+    # nobody writes before everybody has read what is done
+    results, done, figures = in_every_process(accelerator, lambda: _open(folder, settings, total))
+    if all(gather_object([figures is not None])):
+        return figures if accelerator.is_main_process else {}
 
     start, scored = time.perf_counter(), 0
     shard = range(accelerator.process_index, total, accelerator.num_processes)
@@ -127,12 +118,13 @@ def evaluate(
                 right, scored = right + record["correct"], scored + 1
             bar.update(len(group))
             bar.set_postfix_str(f"right {right / scored:.3f}")
+    results.close()
     wait_for_the_others(accelerator)
     if not accelerator.is_main_process:
         return {}
 
     seconds = time.perf_counter() - start
-    results.merge()
+    results.merge(total)
     figures = summarise(
         (item_outcomes(benchmark.metrics, record["scores"], record["label"]), record["tags"])
         for record in load_records(folder / SCORES_NAME)
@@ -149,19 +141,46 @@ def evaluate(
             },
             "versions": versions(),
             # of this run: an item that an earlier run had scored took no time now
-            "seconds_per_item": seconds / (total - len(done)) if total > len(done) else None,
+            "seconds_per_item": seconds / (total - sum(done)) if total > sum(done) else None,
         }
     )
     return figures
 
 
-def _groups(benchmark: Benchmark, shard: range, done: set[str], how: ScoreSettings) -> Iterator[dict[int, Item]]:
+def run_settings(
+    pipe: DSDPipeline, benchmark: Benchmark, how: ScoreSettings, limit: int | None, settings: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that the scores depend on, as a results folder records it (arguments as for `evaluate`)."""
+    return {
+        "val_data": benchmark.name,
+        **(settings or {}),
+        "sampling_time_steps": how.sampling_steps,
+        "score": how.score,
+        "halves": how.halves,
+        "attention_weight": how.attention_weight,
+        "untuned_denoising": how.untuned_denoising,
+        "seed": how.seed,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "limit": limit,
+    }
+
+
+def _open(
+    folder: Path, settings: dict[str, Any], total: int
+) -> tuple[ResultsFolder, bytearray, dict[str, Figure] | None]:
+    """The results folder, which items it holds, and its figures if it is finished."""
+    results = ResultsFolder(folder, settings)
+    done = results.done(total)
+    return results, done, results.finished_figures() if all(done) else None
+
+
+def _groups(benchmark: Benchmark, shard: range, done: bytearray, how: ScoreSettings) -> Iterator[dict[int, Item]]:
     """The items of a shard that are not done, by index, a few at a time so that UNet calls are full."""
     group, rows = {}, 0
     for index in shard:
-        item = benchmark[index]
-        if item.id in done:
+        if done[index]:  # not even opened: a resumed run should not read what it does not score
             continue
+        item = benchmark[index]
         group[index] = item
         sizes = len(item.images), len(item.texts)
         rows += num_rows(*sizes, how.sampling_steps, how.score, how.halves, how.untuned_denoising)

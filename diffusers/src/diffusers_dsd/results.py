@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import uuid
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
@@ -64,6 +65,28 @@ def load_records(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def find_results(root: Path, settings: dict[str, Any]) -> Path:
+    """The newest results folder in `root` (by when its run was first started) with these settings.
+
+    Raises:
+        DSDError: there is none; names the first difference of the newest one.
+    """
+    nothing = f"--resume: there is nothing to resume in {root}: leave --resume out to start anew"
+    try:
+        found = sorted(root.glob(f"*/{SETTINGS_NAME}"), key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
+    except OSError as error:
+        raise DSDError(f"{root} cannot be read ({error.strerror or error}): give --results_dir.") from error
+    if not found:
+        raise DSDError(f"{nothing}.")
+    differences = []
+    for file in found:
+        difference = _first_difference(file, settings)
+        if difference is None:
+            return file.parent
+        differences.append(difference)
+    raise DSDError(f"{nothing} (in the newest folder, {found[0].parent.name}, {differences[0]}).")
+
+
 class ResultsFolder:
     """Where an evaluation writes; several processes may open the same folder.
 
@@ -91,24 +114,25 @@ class ResultsFolder:
             write_json(file, settings)
 
     def _compare(self, file: Path, settings: dict[str, Any]) -> None:
-        try:
-            previous = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(previous, dict):
-                raise ValueError("it holds no names and values")
-        except (OSError, ValueError) as error:
-            raise DSDError(f"{file} cannot be read ({error}): choose another --results_dir.") from error
-        settings = json.loads(json.dumps(settings))
-        for name in [*settings, *previous]:
-            old, new = previous.get(name), settings.get(name)
-            if old != new:
-                raise DSDError(
-                    f"{self.path} holds results of other settings ({name} was {old!r} and is now {new!r}): choose "
-                    f"another --results_dir."
-                )
+        difference = _first_difference(file, settings)
+        if difference:
+            raise DSDError(f"{self.path} holds results of other settings ({difference}): choose another --results_dir.")
 
-    def done_ids(self) -> set[str]:
-        """Ids of the items that are scored already, by any process of any run."""
-        return {record["id"] for path in self._parts() for record in load_records(path)}
+    def done(self, total: int) -> bytearray:
+        """A byte for each of the benchmark's `total` items: 1 where any process of any run has scored it.
+
+        Raises:
+            DSDError: a file cannot be read, or holds an item that the benchmark does not have.
+        """
+        return bytearray(part >= 0 for part in self._places(self._parts(), total)[0])
+
+    def finished_figures(self) -> dict[str, Any] | None:
+        """The figures of results.json, which is written last of all; None where there are none yet."""
+        try:
+            summary = json.loads((self.path / RESULTS_NAME).read_text(encoding="utf-8"))
+            return dict(summary["metrics"])
+        except (OSError, ValueError, KeyError, TypeError):  # it is computed anew
+            return None
 
     def append(self, record: dict[str, Any], shard: int) -> None:
         """Adds an item's record to a process's own shard; on disk (but for a power cut) when this returns.
@@ -134,34 +158,71 @@ class ResultsFolder:
         except OSError as error:
             raise _cannot_write(path, error) from error
 
-    def merge(self) -> None:
-        """Puts all shards together as scores.jsonl, by index, each item once; then removes the shards.
+    def close(self) -> None:
+        """Ends writing: what this process appended is on the disk, and other machines that share it can see it.
 
         Raises:
-            DSDError: a shard cannot be read, or scores.jsonl not be written; the shards are still there then.
+            DSDError: a shard cannot be written.
         """
-        for file in self._files.values():
-            file.close()
-        self._files = {}
-        parts = self._parts()
-        places = {}  # index -> (file, offset): the records themselves may be larger than memory
-        for path in parts:
-            for offset, record in _records_with_offsets(path):
-                places[record["index"]] = (path, offset)
+        files, self._files = self._files, {}
+        for file in files.values():
+            try:
+                with file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise _cannot_write(Path(file.name), error) from error
+
+    def merge(self, total: int) -> None:
+        """Puts all shards together as scores.jsonl, by index, each item once; then removes the shards.
+
+        Args:
+            total: how many items there must be.
+
+        Raises:
+            DSDError: items are missing, a shard cannot be read, or scores.jsonl not be written; the shards are still
+                there then.
+        """
+        self.close()
+        paths = self._parts()
+        parts, offsets = self._places(paths, total)
+        if missing := parts.count(-1):
+            raise DSDError(
+                f"{self.path} holds {total - missing} of {total} items, and other processes have scored the rest "
+                f"elsewhere: give a --results_dir that all machines share, or copy their scores-*.jsonl into this "
+                f"folder, and start the same command again."
+            )
+        for half_written in self.path.glob(".*.tmp"):  # by a run that was killed; nobody else writes here now
+            half_written.unlink()
         target = self.path / SCORES_NAME
         with _replacing(target) as file, ExitStack() as stack:
-            opened = {path: stack.enter_context(path.open("rb")) for path in parts}
-            for index in sorted(places):
-                path, offset = places[index]
-                opened[path].seek(offset)
-                file.write(opened[path].readline())
-        for path in parts:
+            opened = [stack.enter_context(path.open("rb")) for path in paths]
+            for part, offset in zip(parts, offsets, strict=True):
+                opened[part].seek(offset)
+                file.write(opened[part].readline())
+        for path in paths:
             if path != target:
                 path.unlink()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes results.json."""
         write_json(self.path / RESULTS_NAME, summary)
+
+    def _places(self, paths: list[Path], total: int) -> tuple["array[int]", "array[int]"]:
+        """For each item the number of the file it is in (-1: in none), and the byte its line starts at.
+
+        12 bytes per item, as the records themselves, or a dictionary of their places, may be larger than memory.
+        """
+        parts, offsets = array("i", [-1]) * total, array("q", [0]) * total
+        for part, path in enumerate(paths):
+            for offset, record in _records_with_offsets(path):
+                index = record["index"]
+                if not 0 <= index < total:
+                    raise DSDError(
+                        f"{path} holds item {index}, but the benchmark has {total} items now: choose another "
+                        f"--results_dir."
+                    )
+                parts[index], offsets[index] = part, offset
+        return parts, offsets
 
     def _parts(self) -> list[Path]:
         merged = self.path / SCORES_NAME
@@ -175,6 +236,26 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {device}",
     }
+
+
+def _first_difference(file: Path, settings: dict[str, Any]) -> str | None:
+    """The first setting that is not as in a folder's settings.json, in words; None where all are.
+
+    Raises:
+        DSDError: the file cannot be read.
+    """
+    try:
+        previous = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(previous, dict):
+            raise ValueError("it holds no names and values")
+    except (OSError, ValueError) as error:
+        raise DSDError(f"{file} cannot be read ({error}): choose another --results_dir.") from error
+    settings = json.loads(json.dumps(settings))
+    for name in [*settings, *previous]:
+        old, new = previous.get(name), settings.get(name)
+        if old != new:
+            return f"{name} was {old!r} and is now {new!r}"
+    return None
 
 
 @contextmanager
