@@ -8,6 +8,7 @@ and computes the figures. `--help` lists the flags.
 """
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -22,12 +23,15 @@ from diffusers.utils.logging import disable_progress_bar
 
 from custom_datasets import BENCHMARKS, MatchingDataset, get_dataset
 from diffusers_dsd import DSDPipeline
+from diffusers_dsd.attention import PATHS, check_paths
+from diffusers_dsd.batching import auto_batch_size
 from diffusers_dsd.cli import (
     ends_in_a_sentence,
     in_every_process,
     make_accelerator,
     non_negative_float,
     non_negative_int,
+    positive_float,
     positive_int,
     settle_score,
 )
@@ -35,9 +39,10 @@ from diffusers_dsd.errors import DSDError
 from diffusers_dsd.evaluation import ScoreSettings, evaluate, run_settings
 from diffusers_dsd.metrics import format_table
 from diffusers_dsd.models import VERSIONS, default_model, load_pipeline
-from diffusers_dsd.results import SETTINGS_NAME, find_results
+from diffusers_dsd.results import RESULTS_NAME, SETTINGS_NAME, find_results
 from diffusers_dsd.schedule import timestep_grid
 from diffusers_dsd.scoring import SCORES
+from diffusers_dsd.timestep_weights import read_weights
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -98,7 +103,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--sampling_time_steps",
         "--sampling_steps",
         type=int,
-        default=40,
         metavar="S",
         help="timesteps to average over, 1 to 1000 (default: 40)",
     )
@@ -136,13 +140,49 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="kept from the original; a score compares unguided noise estimates, so only 1 (or 0) is accepted",
     )
 
+    less = parser.add_argument_group("less work")
+    less.add_argument(
+        "--layers",
+        type=lambda text: tuple(text.split(",")),
+        metavar="PATHS",
+        help="scored layers of the attention term, of down,mid,up (default: all); with --score attention and down,mid "
+        "the UNet's up path is not computed, two thirds of its work",
+    )
+    less.add_argument(
+        "--adaptive",
+        type=positive_float,
+        metavar="CONFIDENCE",
+        help="race an item's candidates: one that is behind at this confidence, such as 0.95, leaves (default: all "
+        "candidates at all timesteps)",
+    )
+    less.add_argument(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="learned weights of timesteps and layers: what benchmarks/timesteps.py wrote, or the folder it lies in "
+        "(default: plain averages)",
+    )
+
     run = parser.add_argument_group("run")
     run.add_argument(
         "--batchsize",
-        type=positive_int,
-        default=16,
+        type=lambda text: text if text == "auto" else positive_int(text),
+        default="auto",
         metavar="ROWS",
-        help="most rows (timestep, image, text) in one UNet call; it does not change the scores (default: 16)",
+        help="most rows (timestep, image, text) in one UNet call; it does not change the scores (default: auto, what "
+        "the memory allows)",
+    )
+    run.add_argument(
+        "--cache_dir_features",
+        type=Path,
+        metavar="DIR",
+        help="keep latents, prompt embeddings and the empty text's readings there for other runs; it grows with the "
+        "benchmark (default: in memory, up to 1 GiB)",
+    )
+    run.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the UNet's transformer blocks (GPU): slower to start, faster calls",
     )
     run.add_argument(
         "--results_dir",
@@ -165,9 +205,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.model and args.version:
         parser.error(f"--model {args.model} and --version {args.version} both choose a model: leave one out.")
+    settle_weights(parser, args)
     settle_score(parser, args)
+    if args.layers and args.score == "denoising":
+        parser.error("--layers are of the attention term, which --score denoising leaves out: leave one out.")
+    if args.adaptive is not None and not 0.5 <= args.adaptive < 1:
+        parser.error(f"--adaptive {args.adaptive}: choose a confidence from 0.5 up to, but not, 1, such as 0.95.")
+    args.sampling_time_steps = 40 if args.sampling_time_steps is None else args.sampling_time_steps
     args.model = args.model or VERSIONS.get(args.version) or default_model(args.val_data)
     return args
+
+
+def settle_weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses what --weights decides themselves."""
+    decided = {
+        "--sampling_time_steps": args.sampling_time_steps is not None,
+        "--score": args.score is not None,
+        "--bias": args.bias,
+        "--halves": args.halves != "auto",
+        "--attention_weight": args.attention_weight is not None,
+        "--untuned_denoising": args.untuned_denoising is not None,
+        "--layers": args.layers is not None,
+        "--adaptive": args.adaptive is not None,
+    }
+    if args.weights and any(decided.values()):
+        flag = next(flag for flag, given in decided.items() if given)
+        parser.error(f"--weights {args.weights} decide what {flag} does: leave one of the two out.")
 
 
 def main() -> None:
@@ -178,15 +241,19 @@ def main() -> None:
 
 def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Scores this process's share of the benchmark's items; the main process writes and prints the figures."""
+    weights = in_every_process(accelerator, lambda: read_weights(args.weights) if args.weights else None)
     pipe, benchmark = in_every_process(accelerator, lambda: load(args, accelerator))
     how = ScoreSettings(
-        sampling_steps=args.sampling_time_steps,
+        sampling_steps=len(weights.timesteps) if weights else args.sampling_time_steps,
         score=args.score,
         halves=pipe.resolve_halves(args.halves),
         seed=args.seed,
-        batch_size=args.batchsize,
+        batch_size=auto_batch_size(pipe) if args.batchsize == "auto" else args.batchsize,
         attention_weight=pipe.resolve_attention_weight(args.attention_weight),
         untuned_denoising=pipe.resolve_untuned_denoising(args.untuned_denoising),
+        layers=check_paths(args.layers or PATHS),
+        weights=weights,
+        adaptive=args.adaptive,
     )
     model = {"model": args.model, "checkpoint": str(args.checkpoint) if args.checkpoint else None}
     settings = run_settings(pipe, benchmark, how, args.limit, model)
@@ -195,10 +262,14 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         accelerator, lambda: str(results_folder(args, settings)) if accelerator.is_main_process else ""
     )
     folder = Path(broadcast_object_list([chosen])[0])
-    figures = evaluate(pipe, benchmark, how, folder, accelerator, limit=args.limit, settings=model)
+    figures = evaluate(pipe, benchmark, how, folder, accelerator, args.limit, model, args.cache_dir_features)
     if accelerator.is_main_process:
-        print(f"{benchmark.name}, {args.score} score, seed {args.seed}")
+        score = "weighted" if args.weights else args.score
+        print(f"{benchmark.name}, {score} score, seed {args.seed}")
         print(format_table(figures))
+        if args.adaptive is not None:
+            share = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["share_of_full_grid"]
+            print(f"The races looked at {share:.1%} of the full grid (--adaptive {args.adaptive}).")
         print(f"Scores of every item and results.json are in {folder}")
     accelerator.end_training()
 
@@ -234,6 +305,11 @@ def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple[DSDPipelin
     if args.checkpoint:
         pipe.load_attention_prompts(args.checkpoint)
     pipe.to(accelerator.device)
+    if accelerator.device.type == "cuda":  # on CPUs it gains nothing, and float32 GroupNorm loses digits there
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    if args.compile:
+        pipe.unet.compile_repeated_blocks()
     pipe.set_progress_bar_config(disable=True)
     return pipe, get_dataset(args.val_data, args.data_root, resize=pipe.resolution, seed=args.seed)
 

@@ -72,9 +72,7 @@ def measure(name: str, scores: np.ndarray, confidence: float, args: argparse.Nam
     timesteps, one_text = timestep_grid(args.sampling_time_steps), not name.endswith("_text")
     outcomes = [race(item, timesteps, confidence, args.seed) for item in scores]
     full = len(scores) * len(timesteps) * (2 * scores.shape[2] if one_text else scores.shape[2] + 1)
-    equal = sum(
-        outcome.winner == int(item.mean(0).argmax()) for outcome, item in zip(outcomes, scores, strict=True)
-    )
+    equal = sum(outcome.winner == int(item.mean(0).argmax()) for outcome, item in zip(outcomes, scores, strict=True))
     low, high = bootstrap_interval(equal, len(scores))
     work = sum(rows_of(outcome, one_text) for outcome in outcomes)
     return {"times": full / work, "equal": equal / len(scores), "low": low, "high": high, "n": len(scores)}

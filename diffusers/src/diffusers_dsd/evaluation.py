@@ -3,24 +3,32 @@
 `dsd_infer.py` is this and a command line; `dsd_train.py` validates with it, so both give the same figures.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from diffusers_dsd.attention import PATHS
 from diffusers_dsd.cli import in_every_process, wait_for_the_others
 from diffusers_dsd.errors import DSDError
+from diffusers_dsd.features import FeatureCache
 from diffusers_dsd.metrics import MAIN_FIGURE, Figure, item_outcomes, summarise
-from diffusers_dsd.pipeline import DSDOutput, DSDPipeline
+from diffusers_dsd.pipeline import DSDPipeline
+from diffusers_dsd.racing import RaceOutcome, look_after
 from diffusers_dsd.results import SCORES_NAME, ResultsFolder, load_records, versions
+from diffusers_dsd.schedule import timestep_grid
 from diffusers_dsd.scoring import num_rows
+from diffusers_dsd.timestep_weights import TimestepWeights
 
+T = TypeVar("T")
 _FULL_BATCHES = 8  # UNet calls that one group of items should fill, so that few are cut short
 
 
@@ -55,6 +63,9 @@ class ScoreSettings:
         batch_size: most rows in one UNet call; no score depends on it.
         attention_weight: w of the hybrid score w·A + B.
         untuned_denoising: whether B leaves the attention prompts out.
+        layers: the attention term's paths, of "down", "mid" and "up".
+        weights: learned weights of timesteps and layers, which then decide all the above but the seed.
+        adaptive: confidence of races (see `racing`) in the place of the full grid's scores.
     """
 
     sampling_steps: int
@@ -64,6 +75,16 @@ class ScoreSettings:
     batch_size: int
     attention_weight: float = 1.0
     untuned_denoising: bool = False
+    layers: tuple[str, ...] = PATHS
+    weights: TimestepWeights | None = None
+    adaptive: float | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What `DSDPipeline.score_items` (or, for an adaptive score, `race_items`) is called with."""
+        arguments = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        arguments["confidence"] = arguments.pop("adaptive")
+        del arguments["confidence" if self.adaptive is None else "weights"]
+        return arguments
 
 
 def evaluate(
@@ -74,6 +95,7 @@ def evaluate(
     accelerator: Accelerator,
     limit: int | None = None,
     settings: dict[str, Any] | None = None,
+    features: Path | None = None,
 ) -> dict[str, Figure]:
     """Scores the benchmark's first items and writes scores.jsonl and results.json.
 
@@ -88,6 +110,7 @@ def evaluate(
         accelerator: knows the processes.
         limit: how many items (all where it is None).
         settings: what the scores depend on besides; a folder of other settings is refused.
+        features: folder in which latents, prompt embeddings and readings of the empty text are kept for other runs.
 
     Returns:
         The figures by name in the main process, an empty dictionary in the others.
@@ -103,17 +126,12 @@ def evaluate(
         return figures if accelerator.is_main_process else {}
 
     start, scored = time.perf_counter(), 0
+    cache = FeatureCache(folder=features)
     shard = range(accelerator.process_index, total, accelerator.num_processes)
     with tqdm(total=len(shard), unit="item", disable=not accelerator.is_main_process, desc=benchmark.name) as bar:
         right = 0
-        for group in _groups(benchmark, shard, done, how):
-            outputs = pipe.score_items(
-                [(item.images, item.texts) for item in group.values()],
-                **asdict(how),
-                names=[f"{item.id} of {benchmark.name}" for item in group.values()],
-            )
-            for (index, item), output in zip(group.items(), outputs, strict=True):
-                record = _record(benchmark, index, item, output)
+        for group in one_ahead(_groups(pipe, benchmark, shard, done, how, cache)):
+            for record in _records(pipe, benchmark, group, how, cache):
                 results.append(record, shard=accelerator.process_index)
                 right, scored = right + record["correct"], scored + 1
             bar.update(len(group))
@@ -126,7 +144,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     results.merge(total)
     figures = summarise(
-        (item_outcomes(benchmark.metrics, record["scores"], record["label"]), record["tags"])
+        (_outcomes(benchmark, record["scores"], record["label"], how), record["tags"])
         for record in load_records(folder / SCORES_NAME)
     )
     results.write_summary(
@@ -140,6 +158,7 @@ def evaluate(
                 "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             },
             "versions": versions(),
+            **({} if how.adaptive is None else {"share_of_full_grid": _share_looked_at(folder, how)}),
             # of this run: an item that an earlier run had scored took no time now
             "seconds_per_item": seconds / (total - sum(done)) if total > sum(done) else None,
         }
@@ -159,6 +178,10 @@ def run_settings(
         "halves": how.halves,
         "attention_weight": how.attention_weight,
         "untuned_denoising": how.untuned_denoising,
+        # None where the score is the paper's
+        "layers": None if how.layers == PATHS else how.layers,
+        "weights": asdict(how.weights) if how.weights else None,
+        "adaptive": how.adaptive,
         "seed": how.seed,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "limit": limit,
@@ -174,45 +197,94 @@ def _open(
     return results, done, results.finished_figures() if all(done) else None
 
 
-def _groups(benchmark: Benchmark, shard: range, done: bytearray, how: ScoreSettings) -> Iterator[dict[int, Item]]:
+def _groups(
+    pipe: DSDPipeline, benchmark: Benchmark, shard: range, done: bytearray, how: ScoreSettings, cache: FeatureCache
+) -> Iterator[dict[int, Item]]:
     """The items of a shard that are not done, by index, a few at a time so that UNet calls are full."""
-    group, rows = {}, 0
+    group, rows = {}, 0.0
+    # a race looks at few timesteps at a time
+    share = 1 if how.adaptive is None else look_after(how.sampling_steps)[0] / how.sampling_steps
     for index in shard:
         if done[index]:  # not even opened: a resumed run should not read what it does not score
             continue
         item = benchmark[index]
         group[index] = item
         sizes = len(item.images), len(item.texts)
-        rows += num_rows(*sizes, how.sampling_steps, how.score, how.halves, how.untuned_denoising)
+        rows += share * num_rows(*sizes, how.sampling_steps, how.score, how.halves, how.untuned_denoising)
         if rows >= _FULL_BATCHES * how.batch_size:
+            pipe.decode_ahead([image for item in group.values() for image in item.images], cache)
             yield group
-            group, rows = {}, 0
+            group, rows = {}, 0.0
     if group:
         yield group
 
 
-def _record(benchmark: Benchmark, index: int, item: Item, output: DSDOutput) -> dict[str, Any]:
-    """One line of scores.jsonl; scores are lists over images of lists over texts.
+def _records(
+    pipe: DSDPipeline, benchmark: Benchmark, group: dict[int, Item], how: ScoreSettings, cache: FeatureCache
+) -> Iterator[dict[str, Any]]:
+    """The lines of scores.jsonl of a group of items; scores are lists over images of lists over texts.
 
     Raises:
         DSDError: a score is not a number.
     """
-    if not output.scores.isfinite().all():
-        raise DSDError(
-            f"The score of item {item.id} of {benchmark.name} is not a number: use float32 or bfloat16, and check the "
-            f"model's weights."
-        )
-    scores = output.scores.tolist()
-    outcomes = item_outcomes(benchmark.metrics, scores, item.label)
-    return {
-        "index": index,
-        "id": item.id,
-        "label": item.label,
-        "texts": item.texts,
-        "images": item.image_ids,
-        "scores": scores,
-        "attention": None if output.attention is None else output.attention.tolist(),
-        "denoising": None if output.denoising is None else output.denoising.tolist(),
-        "correct": bool(outcomes[MAIN_FIGURE[benchmark.metrics]]),
-        "tags": item.tags,
-    }
+    outputs: list[Any] = (pipe.score_items if how.adaptive is None else pipe.race_items)(
+        [(item.images, item.texts) for item in group.values()],
+        **how.arguments(),
+        cache=cache,
+        names=[f"{item.id} of {benchmark.name}" for item in group.values()],
+    )
+    for (index, item), output in zip(group.items(), outputs, strict=True):
+        if isinstance(output, RaceOutcome):
+            one_image = len(item.images) == 1
+            scores = [output.scores] if one_image else [[score] for score in output.scores]
+            terms = {"attention": None, "denoising": None, "looked": output.looked}
+        else:
+            scores = output.scores.tolist()
+            terms = {
+                "attention": None if output.attention is None else output.attention.tolist(),
+                "denoising": None if output.denoising is None else output.denoising.tolist(),
+            }
+        if not all(math.isfinite(score) for row in scores for score in row):
+            raise DSDError(
+                f"The score of item {item.id} of {benchmark.name} is not a number: use float32 or bfloat16, and check "
+                f"the model's weights."
+            )
+        outcomes = _outcomes(benchmark, scores, item.label, how)
+        yield {
+            "index": index,
+            "id": item.id,
+            "label": item.label,
+            "texts": item.texts,
+            "images": item.image_ids,
+            "scores": scores,
+            **terms,
+            "correct": bool(outcomes[MAIN_FIGURE[benchmark.metrics]]),
+            "tags": item.tags,
+        }
+
+
+def _outcomes(
+    benchmark: Benchmark, scores: list[list[float]], label: int | None, how: ScoreSettings
+) -> dict[str, float]:
+    """What one item adds to each figure; a race knows its winner, and no other rank."""
+    outcomes = item_outcomes(benchmark.metrics, scores, label)
+    main = MAIN_FIGURE[benchmark.metrics]
+    return outcomes if how.adaptive is None else {main: outcomes[main]}
+
+
+def _share_looked_at(folder: Path, how: ScoreSettings) -> float:
+    """How many of the full grid's looks at a candidate all races took together."""
+    grid, looks, possible = len(timestep_grid(how.sampling_steps)), 0, 0
+    for record in load_records(folder / SCORES_NAME):
+        looks += sum(record["looked"])
+        possible += grid * len(record["looked"])
+    return looks / possible
+
+
+def one_ahead(groups: Iterator[T]) -> Iterator[T]:
+    """The same values; each is made in another thread while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, groups, None)
+        while (group := following.result()) is not None:
+            following = pool.submit(next, groups, None)
+            yield group
