@@ -49,7 +49,7 @@ def flops_of_a_row(unet, **how):
 
 
 def test_the_up_path_is_not_computed_where_it_is_not_read():
-    """The figures of Stable Diffusion 2.1-base at 512²: 804 GFLOP a row, 255 of them until the last reading of the middle."""
+    """The figures of Stable Diffusion 2.1-base at 512²: 804 GFLOP a row, 255 until the middle is read."""
     unet = unet_without_weights("2.1-base")
     whole, attention_only = flops_of_a_row(unet), flops_of_a_row(unet, attention_only=True)
     half = flops_of_a_row(unet, paths=("down", "mid"), attention_only=True)

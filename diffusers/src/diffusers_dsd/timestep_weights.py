@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from diffusers_dsd.attention import PATHS
 from diffusers_dsd.errors import DSDError, first_line
@@ -95,3 +98,29 @@ def read_weights(path: str | Path) -> TimestepWeights:
         raise DSDError(f"There are no weights {file}: make them with benchmarks/timesteps.py.") from None
     except (OSError, ValueError, TypeError, IndexError) as error:
         raise DSDError(f"{file} does not hold weights of timesteps ({first_line(error)}): make them again.") from error
+
+
+def fit_weights(examples: np.ndarray, penalty: float) -> np.ndarray:
+    """Non-negative weights with which right candidates rank best: a logistic regression on paired differences.
+
+    Every feature is scaled to unit root mean square for the fit, so that the L1 penalty treats them alike.
+
+    Args:
+        examples: right minus wrong candidate, (examples, T, L + 1): A of each of L scored layers, then B.
+        penalty: of the sum of the scaled weights. It makes the weights of most features 0.
+
+    Returns:
+        Weights of the unscaled features, (T, L + 1).
+    """
+    features = examples.reshape(len(examples), -1)  # (examples, T * (L + 1))
+    scale = np.sqrt(np.square(features).mean(0)).clip(1e-12)
+    scaled = features / scale
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = scaled @ weights  # (examples,)
+        value = np.logaddexp(0, -margins).mean() + penalty * weights.sum()
+        return value, -(expit(-margins) @ scaled) / len(scaled) + penalty
+
+    start = np.full(scaled.shape[1], 1 / scaled.shape[1])
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
+    return (found.x / scale).reshape(examples.shape[1:])
