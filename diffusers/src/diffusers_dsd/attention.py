@@ -21,6 +21,7 @@ _CROSS_ATTENTION = re.compile(
     r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"
 )
 
+_FAST = AttnProcessor2_0()  # one for all: compiled blocks are made anew for another
 PATHS = ("down", "mid", "up")  # in the order the UNet computes them
 _BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
@@ -113,6 +114,7 @@ class ScoredAttnProcessor:
         self.name = name
         self.is_last = is_last
 
+    @torch.compiler.disable  # what it tells the reader, and where it leaves, no compiled graph could hold
     def __call__(
         self,
         attn: Attention,
@@ -166,8 +168,7 @@ def read_attention(
     reader = AttentionReader(keep_probabilities)
     layers = scored_layers(unet, paths)
     previous = dict(unet.attn_processors)
-    fast = AttnProcessor2_0()
-    patched: dict[str, Any] = dict.fromkeys(previous, fast)
+    patched: dict[str, Any] = dict.fromkeys(previous, _FAST)
     for layer in layers:
         is_last = attention_only and layer == layers[-1]
         patched[f"{layer}.processor"] = ScoredAttnProcessor(reader, layer, is_last)
