@@ -13,6 +13,7 @@ from launch import results_of, scores_of
 from prefork import run, start
 
 from diffusers_dsd.metrics import format_table
+from diffusers_dsd.results import load_records
 
 ITEMS = 131
 ARGS = ["--val_data", "Shapes", "--limit", str(ITEMS), "--sampling_steps", "1", "--score", "attention"]
@@ -96,6 +97,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_scores(
         victims = [rng.choice(processes)] if turn == len(scoring) - 1 else processes
         kill_once_written(processes, victims, folder, size)
         assert not (folder / "results.json").exists()
+        scored = [record["index"] for shard in folder.glob("scores-*.jsonl") for record in load_records(shard)]
+        assert len(scored) == len(set(scored)), "an item was scored again"
         if rng.random() < 0.6:
             lose_the_end(rng, folder)
     moments = sorted(rng.sample(range(len(MERGING)), len(merging)))
