@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from diffusers.utils.logging import disable_progress_bar
 
 from custom_datasets import BENCHMARKS, MatchingDataset, get_dataset
@@ -45,6 +46,7 @@ from diffusers_dsd.scoring import SCORES
 from diffusers_dsd.timestep_weights import read_weights
 
 ROOT = Path(__file__).resolve().parent
+WAIT = timedelta(days=7)  # for the slowest process's share; without a word, GPUs would wait ten minutes and give up
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -236,7 +238,7 @@ def settle_weights(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 def main() -> None:
     args = parse_args()
     with ends_in_a_sentence("dsd_infer.py"):
-        run(args, make_accelerator())
+        run(args, make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)]))
 
 
 def run(args: argparse.Namespace, accelerator: Accelerator) -> None:

@@ -1,6 +1,6 @@
 """Memory of an evaluation over the number of its items: it must not grow with them.
 
-    OMP_NUM_THREADS=1 python benchmarks/streaming.py 1000 5000 20000
+    OMP_NUM_THREADS=1 python benchmarks/streaming.py 1000 5000 20000 50000
 
 Runs dsd_infer.py in a fresh process for each number, on so many items of Shapes (an endless list, which
 custom_datasets.py cuts at 1,200) with one timestep and the attention score, and asks the system for the process's

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from datetime import timedelta
 
 import pytest
 import torch
@@ -175,6 +176,16 @@ def test_defaults_and_names():
     assert dsd_infer.parse_args(["--version", "sdxl"]).model == "stabilityai/stable-diffusion-xl-base-1.0"
     assert dsd_infer.parse_args(["--bias"]).score == "attention"
     assert str(dsd_infer.parse_args(["--output_dir", "a"]).checkpoint) == "a"
+
+
+def test_processes_wait_for_the_slowest_share(monkeypatch):
+    import dsd_infer
+
+    seen = []
+    monkeypatch.setattr("sys.argv", ["dsd_infer.py"])
+    monkeypatch.setattr(dsd_infer, "run", lambda args, accelerator: seen.append(accelerator))
+    dsd_infer.main()
+    assert seen[0].init_handler.timeout >= timedelta(days=1)
 
 
 def test_a_removed_name_resolves_to_its_mirror(caplog):

@@ -2,13 +2,18 @@
 
 import os
 import random
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from launch import results_of, scores_of
 from prefork import run, start
+
+from diffusers_dsd.metrics import format_table
+from diffusers_dsd.results import load_records
 
 ITEMS = 131
 ARGS = ["--val_data", "Shapes", "--limit", str(ITEMS), "--sampling_steps", "1", "--score", "attention"]
@@ -92,6 +97,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_scores(
         victims = [rng.choice(processes)] if turn == len(scoring) - 1 else processes
         kill_once_written(processes, victims, folder, size)
         assert not (folder / "results.json").exists()
+        scored = [record["index"] for shard in folder.glob("scores-*.jsonl") for record in load_records(shard)]
+        assert len(scored) == len(set(scored)), "an item was scored again"
         if rng.random() < 0.6:
             lose_the_end(rng, folder)
     moments = sorted(rng.sample(range(len(MERGING)), len(merging)))
@@ -104,3 +111,48 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_scores(
             assert process.exitcode is not None
     run([*args, "--resume"], words, last)
     assert_the_same(folder, undisturbed)
+
+
+def test_a_finished_run_that_is_resumed_shows_its_figures_and_writes_nothing(tmp_path, undisturbed):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in undisturbed.iterdir()}
+    for processes in (1, 2):
+        words = tmp_path / f"words-{processes}"
+        run([*ARGS, "--results_dir", str(undisturbed), "--resume"], words, processes)
+        said = words.read_text()
+        assert format_table(results_of(undisturbed)["metrics"]) in said and "item/s" not in said
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in undisturbed.iterdir()} == before
+
+
+def test_figures_that_cannot_be_read_are_computed_again(tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    (tmp_path / "out" / "results.json").write_text("{")
+    run([*ARGS, "--results_dir", str(tmp_path / "out")], tmp_path / "words")
+    assert_the_same(tmp_path / "out", undisturbed)
+
+
+def test_resume_without_a_folder_takes_the_newest_of_the_same_settings(tmp_path, monkeypatch, capsys):
+    import dsd_infer
+
+    def infer(*args):
+        monkeypatch.setattr("sys.argv", ["dsd_infer.py", "--limit", "2", "--sampling_steps", "1", *args])
+        dsd_infer.main()
+        return capsys.readouterr().out.split()[-1]
+
+    def refused(*args):
+        with pytest.raises(SystemExit) as stop:
+            infer(*args)
+        error = capsys.readouterr().err
+        assert stop.value.code == 1 and error.count("dsd_infer.py: ") == 1
+        return error
+
+    monkeypatch.setattr(dsd_infer, "ROOT", tmp_path)
+    assert "--resume: there is nothing to resume in" in refused("--resume")
+    assert not list(tmp_path.iterdir())
+    folder = infer()
+    assert Path(folder).parent == tmp_path / "results" and Path(folder).name.startswith("Shapes-shapes-sd-")
+    assert infer("--resume") == folder
+    assert "seed was 0 and is now 1" in refused("--resume", "--seed", "1")
+    assert "seed was 0 and is now 1" in refused("--seed", "1", "--results_dir", folder)
+    empty = tmp_path / "empty"
+    assert f"nothing to resume in {empty}: leave --resume out" in refused("--resume", "--results_dir", str(empty))
+    assert not empty.exists()

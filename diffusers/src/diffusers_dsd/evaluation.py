@@ -128,7 +128,9 @@ def evaluate(
     start, scored = time.perf_counter(), 0
     cache = FeatureCache(folder=features)
     shard = range(accelerator.process_index, total, accelerator.num_processes)
-    with tqdm(total=len(shard), unit="item", disable=not accelerator.is_main_process, desc=benchmark.name) as bar:
+    before = sum(done[index] for index in shard)
+    show = {"unit": "item", "disable": not accelerator.is_main_process, "desc": benchmark.name}
+    with tqdm(total=len(shard), initial=before, **show) as bar:
         right = 0
         for group in one_ahead(_groups(pipe, benchmark, shard, done, how, cache)):
             for record in _records(pipe, benchmark, group, how, cache):
