@@ -39,7 +39,7 @@ from diffusers_dsd.cli import (
 from diffusers_dsd.errors import DSDError
 from diffusers_dsd.evaluation import ScoreSettings, evaluate, run_settings
 from diffusers_dsd.metrics import format_table
-from diffusers_dsd.models import VERSIONS, default_model, load_pipeline
+from diffusers_dsd.models import VERSIONS, compile_blocks, default_model, load_pipeline
 from diffusers_dsd.results import RESULTS_NAME, SETTINGS_NAME, find_results
 from diffusers_dsd.schedule import timestep_grid
 from diffusers_dsd.scoring import SCORES
@@ -311,7 +311,7 @@ def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple[DSDPipelin
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     if args.compile:
-        pipe.unet.compile_repeated_blocks()
+        compile_blocks(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     return pipe, get_dataset(args.val_data, args.data_root, resize=pipe.resolution, seed=args.seed)
 

@@ -31,7 +31,7 @@ from benchmarks.training_step import SD_2_1_BASE
 from diffusers_dsd import DSDPipeline
 from diffusers_dsd.attention import PATHS
 from diffusers_dsd.batching import auto_batch_size
-from diffusers_dsd.models import SHAPES_SD
+from diffusers_dsd.models import SHAPES_SD, compile_blocks
 from diffusers_dsd.prepared import PreparedItems, seeded_noise
 from diffusers_dsd.schedule import timestep_grid
 from diffusers_dsd.shapes import shapes_item
@@ -228,7 +228,7 @@ def main() -> None:
         print(peak_of(Contest(pipe, WORKLOADS[2], batch_size, 1), args.peak_of, args.device))
         return
     if args.compile:
-        pipe.unet.compile_repeated_blocks()
+        compile_blocks(pipe.unet)
     numbers = args.workloads or range(1, len(WORKLOADS) + 1 if args.model == "shapes-sd" else 6)
     rate = matmul_rate(DTYPES[args.dtype], args.device)
     print(f"{args.model}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, batches of {batch_size}")

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 
 import torch
+import torch._dynamo
+from diffusers import UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -87,3 +89,10 @@ def load_pipeline(
             f"The model in {folder} cannot be loaded as a Stable Diffusion pipeline ({first_line(error)}): "
             f"copy or download it again."
         ) from error
+
+
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """Compiles a UNet's transformer blocks (`torch.compile`), the part that repeats."""
+    # A block is compiled for every width, with and without a scored layer, more often than torch's limit of 8.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    unet.compile_repeated_blocks()
