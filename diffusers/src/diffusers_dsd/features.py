@@ -43,7 +43,7 @@ class FeatureCache:
         self._lock = threading.RLock()  # pictures are looked up and read ahead in another thread
 
     def get(self, key: tuple) -> Tensors | None:
-        """What was put under the key, on the device it was put from (from disk: on the CPU)."""
+        """What was put under the key, on the CPU: a GPU's memory is for larger batches."""
         with self._lock:
             if (found := self._entries.get(key)) is not None:
                 self._entries.move_to_end(key)
@@ -66,9 +66,10 @@ class FeatureCache:
         Raises:
             DSDError: the folder cannot be written.
         """
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         self._remember(key, tensors)
         if self.folder is not None:
-            write_bytes(self._file(key), save({name: value.contiguous().cpu() for name, value in tensors.items()}))
+            write_bytes(self._file(key), save(tensors))
 
     def _remember(self, key: tuple, tensors: Tensors) -> None:
         with self._lock:
