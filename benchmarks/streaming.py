@@ -5,8 +5,8 @@
 Runs dsd_infer.py in a fresh process for each number, on so many items of Shapes (an endless list, which
 custom_datasets.py cuts at 1,200) with one timestep and the attention score, and asks the system for the process's
 resident memory: after 500 items, when the last item is scored, and at its peak, merging and figures included.
-benchmarks/README.md has the figures that were
-measured, and how far.
+Measured to the end up
+to 50,000 items: benchmarks/README.md.
 """
 
 import argparse
