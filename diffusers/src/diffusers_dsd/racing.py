@@ -6,11 +6,15 @@ differences between the leader's scores and another candidate's, at the same tim
 without replacement from the T differences whose mean decides. The candidate leaves when that mean is above 0 by a
 one-sided t-test with the finite population's correction:
 
-    mean(d) > q · sd(d) · sqrt((1 - k/T) / k),    q the 1 - α quantile of Student's t with k - 1 degrees of freedom
+    mean(d) > q · sd(d) · sqrt((1 - k/T) / k),    q the 1 - α quantile of Student's t
 
 α = (1 - confidence) / (looks · (candidates - 1)): Bonferroni over the looks and over who may wrongly be the leader, so
 the full grid's winner leaves with a probability of at most 1 - confidence, as far as the differences are normal. The
 order is stratified, so the mean varies less than that of plain random draws would, and the test errs on the safe side.
+
+Few timesteps say little of a spread, but n candidates say it n times: sd(d) is the larger of the pair's own and the one
+pooled over all candidates that are left (a randomised block design: what is common to a timestep is taken out), and t
+has the latter's (k - 1)(n - 1) degrees of freedom. For two candidates that is the paired t-test.
 """
 
 import random
@@ -85,8 +89,11 @@ class Race:
         if k >= self.timesteps or len(self.alive) == 1:
             return
         differences = seen[seen.mean(1).argmax()] - seen  # (left, k)
-        spread = differences.std(1, ddof=1) * np.sqrt((1 - k / self.timesteps) / k)
-        behind = differences.mean(1) > student_t.isf(self.alpha, k - 1) * spread
+        residuals = seen - seen.mean(0) - seen.mean(1, keepdims=True) + seen.mean()  # (left, k)
+        freedom = (k - 1) * (len(seen) - 1)
+        pooled = np.sqrt(2 * np.square(residuals).sum() / freedom)  # of a difference of two candidates
+        spread = np.maximum(differences.std(1, ddof=1), pooled) * np.sqrt((1 - k / self.timesteps) / k)
+        behind = differences.mean(1) > student_t.isf(self.alpha, freedom) * spread
         self.alive = [candidate for candidate, left in zip(self.alive, behind, strict=True) if not left]
 
     def outcome(self) -> RaceOutcome:
