@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image
 from torch.utils.data import Dataset
 
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import DSDError, ItemError
 from diffusers_dsd.images import open_image
 from diffusers_dsd.safe_pickle import load_plain_pickle
 from diffusers_dsd.shapes import shapes_item
@@ -93,14 +93,15 @@ class MatchingDataset(Dataset):
         """The item, its pictures present and transformed.
 
         Raises:
-            DSDError: a picture is missing or, with a `transform`, unreadable.
+            ItemError: a picture is missing or, with a `transform`, unreadable.
         """
         item = self.item(range(len(self))[index])
         for image, image_id in zip(item.images, item.image_ids, strict=True):
             if isinstance(image, Path) and not image.is_file():
-                raise DSDError(
+                raise ItemError(
                     f"Item {item.id} of {self.name} needs picture {image_id}, but there is no {image}: "
-                    f"download it from {self.images_from}, or say with --data_root where its folders are."
+                    f"download it from {self.images_from}, or say with --data_root where its folders are.",
+                    item.id,
                 )
         if self.settings.transform:
             item.images = [self._transformed(image) for image in item.images]
@@ -124,9 +125,10 @@ class MatchingDataset(Dataset):
                 chosen[one] = None
             if len(chosen) == NEGATIVES:
                 return list(chosen)
-        raise DSDError(
+        raise ItemError(
             f"Item {item_id} of {self.name} needs {NEGATIVES} wrong candidates, but the annotation file has "
-            "too few: download the whole file."
+            "too few: download the whole file.",
+            item_id,
         )
 
     def _transformed(self, image: Image.Image | Path) -> Any:

@@ -194,6 +194,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "earlier run of the same settings that are there are gone on with",
     )
     run.add_argument(
+        "--on_error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="what to do with an item whose picture or row cannot be read, or whose score is not a number: stop, or "
+        "skip it, write down why, and go on (default: stop)",
+    )
+    run.add_argument(
         "--resume",
         action="store_true",
         help="go on with the newest results of the same settings in results/ (or those in --results_dir), and fail "
@@ -264,13 +271,17 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         accelerator, lambda: str(results_folder(args, settings)) if accelerator.is_main_process else ""
     )
     folder = Path(broadcast_object_list([chosen])[0])
-    figures = evaluate(pipe, benchmark, how, folder, accelerator, args.limit, model, args.cache_dir_features)
+    skip = args.on_error == "skip"
+    figures = evaluate(pipe, benchmark, how, folder, accelerator, args.limit, model, args.cache_dir_features, skip)
     if accelerator.is_main_process:
         score = "weighted" if args.weights else args.score
         print(f"{benchmark.name}, {score} score, seed {args.seed}")
         print(format_table(figures))
+        written = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+        if skipped := written.get("skipped"):
+            print(f"Skipped {skipped} items, which no figure counts; the first: {written['skipped_reasons'][0]}")
         if args.adaptive is not None:
-            share = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["share_of_full_grid"]
+            share = written["share_of_full_grid"]
             print(f"The races looked at {share:.1%} of the full grid (--adaptive {args.adaptive}).")
         print(f"Scores of every item and results.json are in {folder}")
     accelerator.end_training()

@@ -21,15 +21,19 @@ RESAMPLES = 10_000
 
 
 def right_and_total(folder: Path, name: str) -> tuple[int, int] | None:
-    """How many items of a folder the named term gets right, and how many there are; None where it was not computed."""
+    """How many items of a folder the named term gets right, and how many are scored; None where it was not computed."""
     right = total = 0
     for record in load_records(folder / SCORES_NAME):
+        if "error" in record:  # skipped
+            continue
         if record[name] is None:
             return None
         if record["label"] is None:
             raise DSDError(f"{folder} is of a benchmark with two right pairs in an item: it has no accuracy.")
         right += rank_of([score for row in record[name] for score in row], record["label"]) == 0
         total += 1
+    if not total:
+        raise DSDError(f"{folder} holds no scored item: evaluate again.")
     return right, total
 
 

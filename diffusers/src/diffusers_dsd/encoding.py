@@ -9,7 +9,7 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import DSDError, ItemError
 from diffusers_dsd.features import FeatureCache, Tensors, image_key
 from diffusers_dsd.images import open_image, to_tensor
 from diffusers_dsd.scoring import PromptEmbeddings
@@ -132,11 +132,11 @@ class EncodesImagesAndTexts:
             cache: knows the embeddings of texts that were encoded before.
 
         Raises:
-            DSDError: a text is not a string.
+            ItemError: a text is not a string.
         """
         for text in texts:
             if not isinstance(text, str):
-                raise DSDError(f"A text is {text!r}, of type {type(text).__name__}: give strings.")
+                raise ItemError(f"A text is {text!r}, of type {type(text).__name__}: give strings.")
         rows = [*texts, ""]
         found: dict[str, Tensors] = {}
         if cache is not None:

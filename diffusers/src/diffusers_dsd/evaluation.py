@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffusers_dsd.attention import PATHS
 from diffusers_dsd.cli import in_every_process, wait_for_the_others
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import DSDError, ItemError
 from diffusers_dsd.features import FeatureCache
 from diffusers_dsd.metrics import MAIN_FIGURE, Figure, item_outcomes, summarise
 from diffusers_dsd.pipeline import DSDPipeline
@@ -29,6 +29,7 @@ from diffusers_dsd.scoring import num_rows
 from diffusers_dsd.timestep_weights import TimestepWeights
 
 T = TypeVar("T")
+_REASONS = 5  # for skipping items that results.json repeats
 _FULL_BATCHES = 8  # UNet calls that one group of items should fill, so that few are cut short
 
 
@@ -96,6 +97,7 @@ def evaluate(
     limit: int | None = None,
     settings: dict[str, Any] | None = None,
     features: Path | None = None,
+    skip: bool = False,
 ) -> dict[str, Figure]:
     """Scores the benchmark's first items and writes scores.jsonl and results.json.
 
@@ -111,12 +113,15 @@ def evaluate(
         limit: how many items (all where it is None).
         settings: what the scores depend on besides; a folder of other settings is refused.
         features: folder in which latents, prompt embeddings and readings of the empty text are kept for other runs.
+        skip: record an item that cannot be scored with its reason and go on, instead of stopping; the figures are
+            over the others.
 
     Returns:
         The figures by name in the main process, an empty dictionary in the others.
 
     Raises:
-        DSDError: bad data, a score that is not a number, or a folder that cannot be written or is of other settings.
+        ItemError: without `skip`, bad data or a score that is not a number.
+        DSDError: a folder that cannot be written or is of other settings, or nothing could be scored.
     """
     total = min(len(benchmark), limit or len(benchmark))
     settings = run_settings(pipe, benchmark, how, limit, settings)
@@ -132,12 +137,12 @@ def evaluate(
     show = {"unit": "item", "disable": not accelerator.is_main_process, "desc": benchmark.name}
     with tqdm(total=len(shard), initial=before, **show) as bar:
         right = 0
-        for group in one_ahead(_groups(pipe, benchmark, shard, done, how, cache)):
-            for record in _records(pipe, benchmark, group, how, cache):
+        for group in one_ahead(_groups(pipe, benchmark, shard, done, how, cache, skip)):
+            for record in _records(pipe, benchmark, group, how, cache, skip):
                 results.append(record, shard=accelerator.process_index)
-                right, scored = right + record["correct"], scored + 1
+                right, scored = right + record.get("correct", False), scored + ("error" not in record)
             bar.update(len(group))
-            bar.set_postfix_str(f"right {right / scored:.3f}")
+            bar.set_postfix_str(f"right {right / scored:.3f}" if scored else "nothing scored")
     results.close()
     wait_for_the_others(accelerator)
     if not accelerator.is_main_process:
@@ -145,13 +150,12 @@ def evaluate(
 
     seconds = time.perf_counter() - start
     results.merge(total)
-    figures = summarise(
-        (_outcomes(benchmark, record["scores"], record["label"], how), record["tags"])
-        for record in load_records(folder / SCORES_NAME)
-    )
+    figures, skipped, reasons = _figures(benchmark, folder, how)
     results.write_summary(
         {
             "metrics": figures,
+            "skipped": skipped,
+            "skipped_reasons": reasons,
             "settings": settings,
             "run": {
                 "batchsize": how.batch_size,
@@ -200,69 +204,156 @@ def _open(
 
 
 def _groups(
-    pipe: DSDPipeline, benchmark: Benchmark, shard: range, done: bytearray, how: ScoreSettings, cache: FeatureCache
-) -> Iterator[dict[int, Item]]:
-    """The items of a shard that are not done, by index, a few at a time so that UNet calls are full."""
-    group, rows = {}, 0.0
+    pipe: DSDPipeline,
+    benchmark: Benchmark,
+    shard: range,
+    done: bytearray,
+    how: ScoreSettings,
+    cache: FeatureCache,
+    skip: bool,
+) -> Iterator[dict[int, Item | ItemError]]:
+    """The items of a shard that are not done, by index, a few at a time so that UNet calls are full.
+
+    With `skip`, what is wrong with an item takes its place.
+    """
+    group: dict[int, Item | ItemError] = {}
+    images, rows = [], 0.0
     # a race looks at few timesteps at a time
     share = 1 if how.adaptive is None else look_after(how.sampling_steps)[0] / how.sampling_steps
     for index in shard:
         if done[index]:  # not even opened: a resumed run should not read what it does not score
             continue
-        item = benchmark[index]
-        group[index] = item
+        try:
+            group[index] = item = benchmark[index]
+        except ItemError as error:
+            if not skip:
+                raise
+            group[index] = error
+            rows += 1  # so that thousands of them in a row do not wait to be written
+            continue
+        images += item.images
         sizes = len(item.images), len(item.texts)
         rows += share * num_rows(*sizes, how.sampling_steps, how.score, how.halves, how.untuned_denoising)
         if rows >= _FULL_BATCHES * how.batch_size:
-            pipe.decode_ahead([image for item in group.values() for image in item.images], cache)
+            pipe.decode_ahead(images, cache)
             yield group
-            group, rows = {}, 0.0
+            group, images, rows = {}, [], 0.0
     if group:
         yield group
 
 
 def _records(
-    pipe: DSDPipeline, benchmark: Benchmark, group: dict[int, Item], how: ScoreSettings, cache: FeatureCache
+    pipe: DSDPipeline,
+    benchmark: Benchmark,
+    group: dict[int, Item | ItemError],
+    how: ScoreSettings,
+    cache: FeatureCache,
+    skip: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The lines of scores.jsonl of a group of items; scores are lists over images of lists over texts.
+    """The lines of scores.jsonl of a group of items, in its order; with `skip`, also of those that cannot be scored.
 
     Raises:
-        DSDError: a score is not a number.
+        ItemError: without `skip`, an image cannot be read or a score is not a number.
     """
-    outputs: list[Any] = (pipe.score_items if how.adaptive is None else pipe.race_items)(
-        [(item.images, item.texts) for item in group.values()],
-        **how.arguments(),
-        cache=cache,
-        names=[f"{item.id} of {benchmark.name}" for item in group.values()],
-    )
-    for (index, item), output in zip(group.items(), outputs, strict=True):
-        if isinstance(output, RaceOutcome):
-            one_image = len(item.images) == 1
-            scores = [output.scores] if one_image else [[score] for score in output.scores]
-            terms = {"attention": None, "denoising": None, "looked": output.looked}
-        else:
-            scores = output.scores.tolist()
-            terms = {
-                "attention": None if output.attention is None else output.attention.tolist(),
-                "denoising": None if output.denoising is None else output.denoising.tolist(),
-            }
-        if not all(math.isfinite(score) for row in scores for score in row):
-            raise DSDError(
-                f"The score of item {item.id} of {benchmark.name} is not a number: use float32 or bfloat16, and check "
-                f"the model's weights."
-            )
-        outcomes = _outcomes(benchmark, scores, item.label, how)
-        yield {
-            "index": index,
-            "id": item.id,
-            "label": item.label,
-            "texts": item.texts,
-            "images": item.image_ids,
-            "scores": scores,
-            **terms,
-            "correct": bool(outcomes[MAIN_FIGURE[benchmark.metrics]]),
-            "tags": item.tags,
+    items = {index: item for index, item in group.items() if not isinstance(item, ItemError)}
+    outputs = dict(zip(items, _outputs(pipe, benchmark, list(items.values()), how, cache, skip), strict=True))
+    for index, item in group.items():
+        try:
+            if isinstance(item, ItemError):
+                raise item
+            record = _record(benchmark, index, item, outputs[index], how)
+        except ItemError as error:
+            if not skip:
+                raise
+            record = {"index": index, "id": getattr(item, "id", error.item_id), "error": str(error)}
+        yield record
+
+
+def _outputs(
+    pipe: DSDPipeline, benchmark: Benchmark, items: list[Item], how: ScoreSettings, cache: FeatureCache, skip: bool
+) -> list[Any]:
+    """What the pipeline says of each item; with `skip`, an `ItemError` where it cannot."""
+    if not items:
+        return []
+    try:
+        return (pipe.score_items if how.adaptive is None else pipe.race_items)(
+            [(item.images, item.texts) for item in items],
+            **how.arguments(),
+            cache=cache,
+            names=[f"{item.id} of {benchmark.name}" for item in items],
+        )
+    except ItemError as error:
+        if not skip:
+            raise
+        if len(items) > 1:  # the others are not to blame
+            return [output for item in items for output in _outputs(pipe, benchmark, [item], how, cache, skip)]
+        cache.discard(items[0].images, pipe.resolution)
+        return [error]
+
+
+def _record(benchmark: Benchmark, index: int, item: Item, output: Any, how: ScoreSettings) -> dict[str, Any]:
+    """An item's line of scores.jsonl; scores are lists over images of lists over texts.
+
+    Raises:
+        ItemError: the item could not be scored, or a score is not a number.
+    """
+    if isinstance(output, ItemError):
+        raise output
+    if isinstance(output, RaceOutcome):
+        one_image = len(item.images) == 1
+        scores = [output.scores] if one_image else [[score] for score in output.scores]
+        terms = {"attention": None, "denoising": None, "looked": output.looked}
+    else:
+        scores = output.scores.tolist()
+        terms = {
+            "attention": None if output.attention is None else output.attention.tolist(),
+            "denoising": None if output.denoising is None else output.denoising.tolist(),
         }
+    # the sum of two terms may be a number where they are not, and JSON has no word for that
+    matrices = [scores, *(terms[name] for name in ("attention", "denoising") if terms[name] is not None)]
+    if not all(math.isfinite(score) for matrix in matrices for row in matrix for score in row):
+        raise ItemError(
+            f"The score of item {item.id} of {benchmark.name} is not a number: use float32 or bfloat16, and check "
+            f"the model's weights."
+        )
+    outcomes = _outcomes(benchmark, scores, item.label, how)
+    return {
+        "index": index,
+        "id": item.id,
+        "label": item.label,
+        "texts": item.texts,
+        "images": item.image_ids,
+        "scores": scores,
+        **terms,
+        "correct": bool(outcomes[MAIN_FIGURE[benchmark.metrics]]),
+        "tags": item.tags,
+    }
+
+
+def _figures(benchmark: Benchmark, folder: Path, how: ScoreSettings) -> tuple[dict[str, Figure], int, list[str]]:
+    """The figures over the scored items of scores.jsonl, how many were skipped, and why the first of them were.
+
+    Raises:
+        DSDError: all were.
+    """
+    skipped, reasons = 0, []
+
+    def scored() -> Iterator[tuple[dict[str, float], dict[str, str]]]:
+        nonlocal skipped
+        for record in load_records(folder / SCORES_NAME):
+            if "error" in record:
+                skipped += 1
+                reasons.extend([record["error"]] if skipped <= _REASONS else [])
+            else:
+                yield _outcomes(benchmark, record["scores"], record["label"], how), record["tags"]
+
+    figures = summarise(scored())
+    if skipped and not figures:
+        raise DSDError(
+            f"All {skipped} items of {benchmark.name} were skipped, so {folder} has no figures (the first: "
+            f"{reasons[0].rstrip('.')}): mend that and choose another --results_dir."
+        )
+    return figures, skipped, reasons
 
 
 def _outcomes(
@@ -278,8 +369,9 @@ def _share_looked_at(folder: Path, how: ScoreSettings) -> float:
     """How many of the full grid's looks at a candidate all races took together."""
     grid, looks, possible = len(timestep_grid(how.sampling_steps)), 0, 0
     for record in load_records(folder / SCORES_NAME):
-        looks += sum(record["looked"])
-        possible += grid * len(record["looked"])
+        looked = record.get("looked", [])  # a skipped item has none
+        looks += sum(looked)
+        possible += grid * len(looked)
     return looks / possible
 
 

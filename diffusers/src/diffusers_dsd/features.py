@@ -114,6 +114,12 @@ class FeatureCache:
                 except DSDError:
                     continue
 
+    def discard(self, images: Sequence[Any], resolution: int) -> None:
+        """Forgets what was read ahead of pictures that nobody will ask for any more."""
+        for image in images:
+            if (key := image_key(image, resolution)) is not None:
+                self._decoded.pop(key, None)
+
     def pixels(self, path: str | os.PathLike, resolution: int) -> torch.Tensor:
         """The picture in a file, (3, R, R) in [-1, 1].
 

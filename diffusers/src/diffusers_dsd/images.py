@@ -8,34 +8,34 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import ItemError
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """The picture in a file, upright and in RGB (of an animation its first frame).
 
     Raises:
-        DSDError: the file is missing, is a folder, cannot be read as a picture, or is larger than Pillow's
+        ItemError: the file is missing, is a folder, cannot be read as a picture, or is larger than Pillow's
             limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     path = Path(path)
     if path.is_dir():
-        raise DSDError(f"{path} is a folder: give the path of one picture file.")
+        raise ItemError(f"{path} is a folder: give the path of one picture file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return as_rgb(image)
     except FileNotFoundError:
-        raise DSDError(f"There is no picture {path}: check the path, or download the file.") from None
+        raise ItemError(f"There is no picture {path}: check the path, or download the file.") from None
     except PermissionError:
-        raise DSDError(f"The picture {path} may not be read: change the file's permissions.") from None
+        raise ItemError(f"The picture {path} may not be read: change the file's permissions.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DSDError(
+        raise ItemError(
             f"The picture {path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: use a smaller copy of it."
         ) from None
     except Exception as error:  # Pillow's decoders let almost every type out when a file is damaged
-        raise DSDError(
+        raise ItemError(
             f"{path} cannot be read as a picture ({error}): download it again, or save it as PNG or JPEG."
         ) from error
 
@@ -44,10 +44,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """`image` turned upright as its EXIF orientation says, in 8-bit RGB (transparency is dropped).
 
     Raises:
-        DSDError: the image has no pixels.
+        ItemError: the image has no pixels.
     """
     if 0 in image.size:
-        raise DSDError(f"A picture of {image.width} × {image.height} pixels is empty: give one with pixels.")
+        raise ItemError(f"A picture of {image.width} × {image.height} pixels is empty: give one with pixels.")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip, not scale
         grey = np.asarray(image).clip(0, 65535) / 257
@@ -72,7 +72,7 @@ def to_image(image: Image.Image | str | os.PathLike[str] | torch.Tensor, largest
         image: a picture, a path, or a tensor (3, H, W) in [-1, 1].
 
     Raises:
-        DSDError: as `open_image`.
+        ItemError: as `open_image`.
     """
     if isinstance(image, torch.Tensor):
         pixels = ((image.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()  # (3, H, W)

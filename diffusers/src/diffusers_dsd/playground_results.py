@@ -19,7 +19,7 @@ class Results:
     Attributes:
         figures: by name.
         settings: of the run.
-        margins: of every item, see `margin`.
+        margins: of every scored item, see `margin`.
         wrong: records of the items with the lowest margins that are not above 0, lowest first.
     """
 
@@ -57,6 +57,8 @@ def read_results(root: Path, name: str, most_wrong: int) -> Results:
 
     def wrong() -> Iterator[tuple[float, int, dict[str, Any]]]:
         for record in load_records(folder / SCORES_NAME):
+            if "error" in record:  # skipped
+                continue
             margins.append(margin(record["scores"], record["label"]))
             if margins[-1] <= 0:
                 yield margins[-1], record["index"], record

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import DSDError, ItemError
 
 _FIRST_LOOK = 4  # timesteps: with fewer a t-test knows next to nothing of the spread
 _BEHIND = -1e-12  # score of a candidate that left, relative to the winner's, at most
@@ -78,13 +78,13 @@ class Race:
         """Adds the scores of the candidates that are left, a list over them of lists over new timesteps.
 
         Raises:
-            DSDError: a score is not a number.
+            ItemError: a score is not a number.
         """
         for candidate, new in zip(self.alive, scores, strict=True):
             self._seen[candidate] += new
         seen = np.array([self._seen[candidate] for candidate in self.alive])  # (left, k)
         if not np.isfinite(seen).all():
-            raise DSDError("A score is not a number: use float32 or bfloat16, and check the model's weights.")
+            raise ItemError("A score is not a number: use float32 or bfloat16, and check the model's weights.")
         k = seen.shape[1]
         if k >= self.timesteps or len(self.alive) == 1:
             return
