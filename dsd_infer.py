@@ -37,7 +37,8 @@ from diffusers_dsd.cli import (
     settle_score,
 )
 from diffusers_dsd.errors import DSDError
-from diffusers_dsd.evaluation import ScoreSettings, evaluate, run_settings
+from diffusers_dsd.evaluation import evaluate, run_settings
+from diffusers_dsd.item_records import ScoreSettings
 from diffusers_dsd.metrics import format_table
 from diffusers_dsd.models import VERSIONS, compile_blocks, default_model, load_pipeline
 from diffusers_dsd.results import RESULTS_NAME, SETTINGS_NAME, find_results

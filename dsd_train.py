@@ -47,9 +47,10 @@ from diffusers_dsd.cli import (
     in_every_process,
     make_accelerator,
 )
-from diffusers_dsd.evaluation import ScoreSettings, evaluate
+from diffusers_dsd.evaluation import evaluate
 from diffusers_dsd.hub import model_card, push_to_hub
 from diffusers_dsd.images import to_tensor
+from diffusers_dsd.item_records import ScoreSettings
 from diffusers_dsd.metrics import MAIN_FIGURE, Figure, format_table
 from diffusers_dsd.models import load_pipeline
 from diffusers_dsd.prompts import (

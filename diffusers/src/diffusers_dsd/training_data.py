@@ -1,6 +1,6 @@
 """What a training learns from: the questions that an item asks, and parts of a benchmark."""
 
-from diffusers_dsd.evaluation import Benchmark, Item
+from diffusers_dsd.item_records import Benchmark, Item
 from diffusers_dsd.training import Example
 
 
