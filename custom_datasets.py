@@ -97,7 +97,7 @@ class MatchingDataset(Dataset):
         """
         item = self.item(range(len(self))[index])
         for image, image_id in zip(item.images, item.image_ids, strict=True):
-            if isinstance(image, Path) and not image.is_file():
+            if isinstance(image, Path) and not os.path.isfile(image):  # is_file() raises where a name is too long
                 raise ItemError(
                     f"Item {item.id} of {self.name} needs picture {image_id}, but there is no {image}: "
                     f"download it from {self.images_from}, or say with --data_root where its folders are.",
@@ -175,7 +175,7 @@ class Annotations:
             ids: columns that must hold whole numbers; "180.0", which pandas likes to write, becomes "180".
             kinds: further columns, and what their values must match.
         """
-        columns = dict.fromkeys(texts, "(?s:.+)") | dict.fromkeys(ids, r"[0-9]+(\.0+)?") | (kinds or {})
+        columns = dict.fromkeys(texts, "(?s:.+)") | dict.fromkeys(ids, r"[0-9]{1,18}(\.0+)?") | (kinds or {})
         try:
             table = pd.read_csv(self.path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         except (OSError, ValueError) as error:  # pandas' own errors and UnicodeDecodeError are ValueErrors
@@ -190,7 +190,7 @@ class Annotations:
         table.index = pd.RangeIndex(1, len(table) + 1)
         for column, pattern in columns.items():
             for row, value in table.loc[~table[column].str.fullmatch(pattern), column].items():
-                raise self.error(f"its row {row} has {value!r} as {column}")  # the first such row
+                raise self.error(f"its row {row} has {value[:80]!r} as {column}")  # the first such row
         for column in ids:
             table[column] = table[column].str.split(".").str[0]
         return table
@@ -245,12 +245,14 @@ class Refcocog(MatchingDataset):
         try:
             for ref in refs:
                 image_id = int(ref["image_id"])
+                if not 0 <= image_id < 10**18:
+                    raise ValueError("an image_id that is out of range")
                 for sentence in ref["sentences"]:
                     text = sentence["sent"].strip()
                     self.of_image.setdefault(image_id, set()).add(text)
                     if ref["split"] in splits:
                         rows.append((str(sentence["sent_id"]), image_id, text))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise file.error(f"it does not hold a list of references ({error!r})") from None
         if not rows:
             raise file.error(f"it has nothing in its split {splits[0]}")
@@ -337,7 +339,7 @@ class Winoground(MatchingDataset):
             try:
                 example = json.loads(text)
                 rows.append([str(example[key]) for key in self.keys])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise file.error(f"its line {number} is not an example ({error!r})") from None
         self.rows = rows
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from diffusers_dsd.errors import DSDError
-from diffusers_dsd.images import as_rgb, open_image, to_tensor
+from diffusers_dsd.images import FORMATS, as_rgb, open_image, to_tensor
 from diffusers_dsd.safe_pickle import load_plain_pickle
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -56,6 +56,22 @@ def test_a_gif_gives_its_first_frame(tmp_path, half_red):
     assert open_image(str(tmp_path / "a.gif")).getpixel((5, 5)) == RED
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_read_whatever_the_name(tmp_path, half_red, name):
+    half_red.save(tmp_path / "a.jpg", name)
+    assert np.abs(np.asarray(open_image(tmp_path / "a.jpg"), dtype=int) - np.asarray(half_red))[:, 5].max() <= 40
+
+
+def test_postscript_is_not_given_to_another_program(tmp_path, half_red, monkeypatch):
+    def start(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    half_red.save(tmp_path / "a.jpg", "EPS")
+    with pytest.raises(DSDError, match=r"a\.jpg cannot be read as a picture \(cannot identify"):
+        open_image(tmp_path / "a.jpg")
+
+
 def test_to_tensor_is_a_contiguous_picture_between_minus_one_and_one(half_red):
     tensor = to_tensor(half_red, 32)
     assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32 and tensor.is_contiguous()
@@ -92,7 +108,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, side):
 
 
 def test_an_unreadable_file_is_named(tmp_path, half_red, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Image, "open", refuse)  # the tests may run as root, who may read everything

@@ -20,6 +20,23 @@ ImageInput = Image.Image | str | os.PathLike | torch.Tensor
 _VAE_BATCH = 4  # images per VAE call: its memory grows with the square of the resolution
 
 
+def check_texts(texts: Sequence[Any]) -> None:
+    """Looks at texts before a tokenizer does.
+
+    Raises:
+        ItemError: a text is not a string, or holds half a surrogate pair, which no tokenizer takes.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise ItemError(f"A text is {text!r}, of type {type(text).__name__}: give strings.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ItemError(
+                f"The text {text[:80]!r} holds half of a character that takes two (a surrogate): write it anew."
+            ) from None
+
+
 class EncodesImagesAndTexts:
     """Encoding with the components of a Diffusers pipeline, which this is mixed into."""
 
@@ -132,11 +149,9 @@ class EncodesImagesAndTexts:
             cache: knows the embeddings of texts that were encoded before.
 
         Raises:
-            ItemError: a text is not a string.
+            ItemError: as `check_texts`.
         """
-        for text in texts:
-            if not isinstance(text, str):
-                raise ItemError(f"A text is {text!r}, of type {type(text).__name__}: give strings.")
+        check_texts(texts)
         rows = [*texts, ""]
         found: dict[str, Tensors] = {}
         if cache is not None:

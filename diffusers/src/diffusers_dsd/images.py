@@ -8,15 +8,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from diffusers_dsd.errors import ItemError
+from diffusers_dsd.errors import ItemError, first_line
+
+# Not everything that Pillow knows: PostScript, for one, it gives to another program to run, whatever the file's name.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """The picture in a file, upright and in RGB (of an animation its first frame).
 
     Raises:
-        ItemError: the file is missing, is a folder, cannot be read as a picture, or is larger than Pillow's
-            limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
+        ItemError: the file is missing, is a folder, cannot be read as a picture of one of `FORMATS`, or is larger
+            than Pillow's limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     path = Path(path)
     if path.is_dir():
@@ -24,7 +27,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return as_rgb(image)
     except FileNotFoundError:
         raise ItemError(f"There is no picture {path}: check the path, or download the file.") from None
@@ -36,7 +39,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         ) from None
     except Exception as error:  # Pillow's decoders let almost every type out when a file is damaged
         raise ItemError(
-            f"{path} cannot be read as a picture ({error}): download it again, or save it as PNG or JPEG."
+            f"{path} cannot be read as a picture ({first_line(error)}): download it again, or save it as PNG or JPEG."
         ) from error
 
 

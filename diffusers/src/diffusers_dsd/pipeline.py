@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffusers_dsd.attention import PATHS, check_paths, scored_layers
 from diffusers_dsd.denoiser import EpsilonDenoiser, make_denoiser
-from diffusers_dsd.encoding import EncodesImagesAndTexts, ImageInput
+from diffusers_dsd.encoding import EncodesImagesAndTexts, ImageInput, check_texts
 from diffusers_dsd.errors import DSDError
 from diffusers_dsd.features import FeatureCache
 from diffusers_dsd.images import to_image
@@ -394,6 +394,8 @@ class DSDPipeline(
             raise DSDError(f"The seed is {seed}: choose 0 or more.")
         if not all(images and texts for images, texts in items):
             raise DSDError("There is nothing to score: give at least one image and one text.")
+        for _, texts in items:
+            check_texts(texts)
 
     def explain(
         self,
@@ -420,6 +422,7 @@ class DSDPipeline(
         """
         if not isinstance(text, str) or not text.strip():
             raise DSDError(f"The text is {text!r}: give one that has words.")
+        check_texts([text])
         if batch_size < 1:
             raise DSDError(f"The batch size is {batch_size}: choose at least 1.")
         timesteps = timestep_grid(sampling_steps)

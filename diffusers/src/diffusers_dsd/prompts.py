@@ -6,6 +6,7 @@ paper's release. Whatever the form, the result is PEFT's: "….attn1.to_q.lora_A
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,12 +227,12 @@ def _read_settings(file: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DSDError(f"{file} cannot be read ({first_line(error)}): copy the checkpoint again.") from error
     if not isinstance(settings, dict) or not (
         settings.get("halves", "cond") in ("both", "cond")
         and isinstance(weight := settings.get("attention_weight", 1.0), (int, float))
-        and 0 <= weight < float("inf")
+        and 0 <= weight <= sys.float_info.max  # an int may be too large for a float
         and isinstance(settings.get("untuned_denoising", False), bool)
     ):
         raise DSDError(f"{file} does not hold the settings of a DSD checkpoint: copy the checkpoint again.")

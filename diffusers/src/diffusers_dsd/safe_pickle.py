@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from diffusers_dsd.errors import DSDError
+from diffusers_dsd.errors import DSDError, first_line
 
 # RefCOCOg's annotations are about 40 MB. A pickle that is much larger is something else.
 MAX_BYTES = 1_000_000_000
@@ -47,8 +47,8 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
             return _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
     except _Forbidden as error:
         raise DSDError(
-            f"{path} is refused, as it would run code ({error}) where only lists, dicts, numbers and strings "
-            "belong: download the original file again."
+            f"{path} is refused, as it would run code ({first_line(error)}) where only lists, dicts, numbers and "
+            "strings belong: download the original file again."
         ) from None
     except Exception as error:  # a damaged pickle can end in any exception, MemoryError included
-        raise DSDError(f"{path} is not a whole pickle file ({error}): download it again.") from error
+        raise DSDError(f"{path} is not a whole pickle file ({first_line(error)}): download it again.") from error
