@@ -1,6 +1,6 @@
 """How much work `--adaptive` saves, and how often it decides as the full grid does.
 
-    python benchmarks/adaptive.py --output assets/adaptive.png
+    python -m benchmarks.adaptive --output assets/adaptive.png
 
 Scores the first items of each benchmark on the full grid, with every timestep's scores, and runs the races on them at
 several confidences: a race sees the same scores that `dsd_infer.py --adaptive` would compute (tests/test_racing.py), so

@@ -1,8 +1,8 @@
 """DSD's scoring against the published procedure (plain.py), in one run.
 
-    python benchmarks/scoring.py --model shapes-sd
-    python benchmarks/scoring.py --model 2.1-base                  # its architecture, randomly initialised
-    python benchmarks/scoring.py --model 2.1-base --device cuda --dtype float16 --batchsize auto --compile
+    python -m benchmarks.scoring --model shapes-sd
+    python -m benchmarks.scoring --model 2.1-base                  # its architecture, randomly initialised
+    python -m benchmarks.scoring --model 2.1-base --device cuda --dtype float16 --batchsize auto --compile
 
 For each workload the two alternate, and the medians of their times are compared. The published procedure costs the same
 for every pair and timestep, so it is timed on one of them and multiplied; ours has a part that is paid once per item

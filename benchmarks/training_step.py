@@ -1,6 +1,6 @@
 """What a training step costs for each row of a UNet call, on the architecture of Stable Diffusion 2.1-base.
 
-    python benchmarks/training_step.py --dtype bfloat16
+    python -m benchmarks.training_step --dtype bfloat16
 
 Counts floating-point operations, and the bytes that autograd saves for a row that carries gradient, on a randomly
 initialised UNet with rank-4 attention prompts; the counts do not depend on the machine. Needs about 10 GiB of memory.
