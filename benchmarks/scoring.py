@@ -170,8 +170,8 @@ def measure(contest: Contest, repeats: int, grid: int, device: str, tolerance: f
         f"{plain:.3g} s",
         f"{ours:.3g} s",
         f"**{plain / ours:.1f} ×** ({min(spread):.1f} - {max(spread):.1f})",
-        f"{work:,.0f}",
-        f"{our_work:,.0f}",
+        f"{work:,.1f}",
+        f"{our_work:,.1f}",
         f"{work / our_work:.1f} ×",
         f"{our_work / ours / 1000:.2f}",
     ]
