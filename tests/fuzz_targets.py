@@ -5,11 +5,13 @@ and never start a program, open a connection, or write, rename or remove a file.
 of each, `fuzz_long.py` as many as one likes.
 """
 
+import atexit
 import io
 import json
 import os
 import pickle
 import resource
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -35,6 +37,7 @@ MEMORY = 4 * 2**30  # more than a reader may take: a case that asks for it ends 
 FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "subprocess.", "pty.")
 FORBIDDEN += ("socket.", "shutil.", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.link")
 FOLDER = Path(tempfile.mkdtemp(prefix="dsd-fuzz-"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 _armed = False
 _seen: list[str] = []
