@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -19,6 +17,7 @@ from diffusers_dsd.encoding import EncodesImagesAndTexts, ImageInput, check_text
 from diffusers_dsd.errors import DSDError
 from diffusers_dsd.features import FeatureCache
 from diffusers_dsd.images import to_image
+from diffusers_dsd.outputs import DSDOutput
 from diffusers_dsd.prepared import PreparedItems, seeded_noise
 from diffusers_dsd.prompts import ADAPTER_NAME, AttentionPrompts, check_prompts_fit, read_attention_prompts
 from diffusers_dsd.racing import RaceOutcome, run_races
@@ -27,47 +26,6 @@ from diffusers_dsd.scoring import SCORES, Draws, PairScores, attention_to_tokens
 from diffusers_dsd.timestep_weights import TimestepWeights
 from diffusers_dsd.wordmaps import WordMaps, merge_tokens
 from diffusers_dsd.words import words_with_tokens
-
-
-@dataclass
-class DSDOutput(BaseOutput):
-    """Scores of n images against m texts, all float32 on the CPU.
-
-    Attributes:
-        scores: s, (n, m): the mean over timesteps. Higher is a better match.
-        attention: the term A of s, (n, m), or None where the score has none.
-        denoising: the term B of s, (n, m), or None where the score has none.
-        per_timestep: s_t, (T, n, m), in the order of `timesteps`.
-        timesteps: the T timesteps, ascending.
-    """
-
-    scores: torch.Tensor
-    attention: torch.Tensor | None
-    denoising: torch.Tensor | None
-    per_timestep: torch.Tensor
-    timesteps: list[int]
-
-    @classmethod
-    def of_item(
-        cls,
-        timesteps: list[int],
-        images: Sequence[Any],
-        texts: Sequence[str],
-        part: slice,
-        *terms: torch.Tensor | None,
-    ) -> "DSDOutput":
-        """One item's part of the attention, denoising and total score, each (T, pairs) or None."""
-        attention, denoising, total = (
-            None if term is None else term[:, part].reshape(len(timesteps), len(images), len(texts)) for term in terms
-        )
-        assert total is not None
-        return cls(
-            scores=total.mean(0).float(),
-            attention=None if attention is None else attention.mean(0).float(),
-            denoising=None if denoising is None else denoising.mean(0).float(),
-            per_timestep=total.float(),
-            timesteps=timesteps,
-        )
 
 
 class DSDPipeline(

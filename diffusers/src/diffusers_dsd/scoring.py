@@ -10,7 +10,7 @@ Every UNet call is a batch of rows (timestep, image, text). Rows of different im
 the empty text's row is computed once per image and timestep for all texts, and only where the score needs it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -152,17 +152,8 @@ def score_pairs(
     empties = {} if empties is None else empties
     num_draws = len(draws.timesteps)
     draws = Draws(draws.timesteps.to(latents.device), draws.noise.to(latents.device))
-    distinct = sorted(set(pairs))
     with_empty = needs_empty_text(score, halves)
-    # Rows that share their image and timestep are neighbours, so that they share the text-free part of a UNet call.
-    rows: dict[Row, int] = {}
-    for draw in range(num_draws):
-        for image, group in groupby(distinct, key=lambda pair: pair[0]):
-            if with_empty and (image, draw) not in empties:
-                rows[image, EMPTY, draw] = len(rows)
-            for _, text in group:
-                rows[image, text, draw] = len(rows)
-
+    rows = _rows_of(pairs, num_draws, empties if with_empty else None)
     readings, errors = [], []  # stay on the device: a copy to the CPU per batch would stall it
     with (
         read_attention(denoiser.unet, paths=paths, attention_only=score == "attention") as reader,
@@ -190,6 +181,25 @@ def score_pairs(
         None if score == "denoising" else layers_of_pairs,
         None if score == "attention" else error_empty - error_of_pairs,
     )
+
+
+def _rows_of(
+    pairs: Sequence[tuple[int, int]], num_draws: int, known: Container[tuple[int, int]] | None
+) -> dict[Row, int]:
+    """The distinct rows that pairs need at every draw, and their order.
+
+    Rows that share their image and draw are neighbours, so that they share the text-free part of a UNet call. The
+    empty text's are among them, but for the (image, draw) that are `known`; without that none is.
+    """
+    rows: dict[Row, int] = {}
+    distinct = sorted(set(pairs))
+    for draw in range(num_draws):
+        for image, group in groupby(distinct, key=lambda pair: pair[0]):
+            if known is not None and (image, draw) not in known:
+                rows[image, EMPTY, draw] = len(rows)
+            for _, text in group:
+                rows[image, text, draw] = len(rows)
+    return rows
 
 
 def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
