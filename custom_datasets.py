@@ -337,11 +337,20 @@ class Winoground(MatchingDataset):
         rows = []
         for number, text in file.lines():
             try:
-                example = json.loads(text)
-                rows.append([str(example[key]) for key in self.keys])
+                rows.append(self.example(text))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise file.error(f"its line {number} is not an example ({error!r})") from None
         self.rows = rows
+
+    def example(self, line: str) -> list[str]:
+        """The values of `keys` in a line of JSON; raises ValueError, KeyError, TypeError or RecursionError."""
+        example = json.loads(line)
+        values = [example[key] for key in self.keys]
+        if not isinstance(values[0], (int, str)) or not all(isinstance(value, str) and value for value in values[1:]):
+            raise ValueError("a name or caption is no text")
+        if any(Path(image_id).name != image_id for image_id in values[1:3]):
+            raise ValueError("an image is no file name")
+        return [str(value) for value in values]
 
     def item(self, index: int) -> Item:
         example_id, *image_ids, caption_0, caption_1 = self.rows[index]

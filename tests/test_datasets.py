@@ -337,7 +337,17 @@ def test_files_without_items_are_refused(own_tree):
     assert "it is empty" in refusal("winoground", own_tree)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", json.dumps({"id": 1, "image_0": "a"})])
+WHOLE = {"id": 1, "image_0": "a", "image_1": "b", "caption_0": "c", "caption_1": "d"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        *map(json.dumps, [{"id": 1, "image_0": "a"}, WHOLE | {"caption_0": None}, WHOLE | {"image_0": "../a"}]),
+    ],
+)
 def test_damaged_winoground_lines_are_numbered(own_tree, line):
     path = own_tree[0] / "winoground" / "examples.jsonl"
     path.write_text(path.read_text() + line)
@@ -367,6 +377,24 @@ def test_references_that_run_code_are_refused(own_tree):
     text = refusal("Refcocog", own_tree)
     assert all(part in text for part in (str(path), "would run code (os.system)", "lichengunc"))
     assert not (own_tree[0] / "run").exists()
+
+
+def nested_tuples(depth):
+    return b"\x80\x02}(" + b")" + b"\x85" * depth + b"K\x01u."  # {(((…),),): 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x80\x02]r\xff\xff\xff\x3f.", "beyond its own length"),  # would make room for 2^30 objects
+        (nested_tuples(200_000), "tuples"),  # Python dies of hashing it
+        (b"\x80\x02c__builtin__\nset\n.", "would run code"),  # the type itself, not a set
+    ],
+)
+def test_references_that_would_exhaust_the_process_are_refused(own_tree, content, reason):
+    path = own_tree[0] / "refcocog" / "refs(google).p"
+    path.write_bytes(content)
+    assert reason in refusal("Refcocog", own_tree)
 
 
 def test_the_table_describes_every_benchmark():

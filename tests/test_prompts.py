@@ -157,6 +157,10 @@ def test_bad_checkpoints_are_one_sentence_and_change_nothing(tmp_path, monkeypat
     save_file(good | {"unet.conv_in.weight": torch.ones(4)}, "foreign.safetensors")
     save_file(good | {some: torch.full_like(good[some], torch.nan)}, "nan.safetensors")
     save_file(good | {some: good[some][:2].contiguous()}, "ranks.safetensors")
+    torch.save({k: v[:0] if ".lora_A" in k else v[:, :0].clone() for k, v in good.items()}, "rankless.bin")
+    torch.save(good | {some: torch.ones(1, 1).expand(100_000, 100_000)}, "repeated.bin")
+    torch.save(good | {some: good[some].to_sparse()}, "sparse.bin")
+    torch.save(good | {some: good[some] * 1j}, "complex.bin")
     torch.save({"x": Bomb()}, "bomb.bin")
     with open("plain_bomb.bin", "wb") as file:
         pickle.dump(Bomb(), file)
@@ -170,6 +174,10 @@ def test_bad_checkpoints_are_one_sentence_and_change_nothing(tmp_path, monkeypat
         "foreign.safetensors": "not part of an attention prompt",
         "nan.safetensors": "NaN",
         "ranks.safetensors": "differ in rank",
+        "rankless.bin": "are empty",
+        "repeated.bin": "in a form that no weight has",
+        "sparse.bin": "in a form that no weight has",
+        "complex.bin": "in a form that no weight has",
         "bomb.bin": "bomb.bin",
         "plain_bomb.bin": "plain_bomb.bin",
         "list.bin": "not a dictionary of tensors",

@@ -119,6 +119,8 @@ def check_prompts_fit(prompts: AttentionPrompts, unet: UNet2DConditionModel, mod
                 )
         if prompts.state_dict[f"{name}.lora_A.weight"].shape[0] != prompts.state_dict[key].shape[1]:
             raise DSDError(f"{prompts.path} is damaged: the two matrices of {name} differ in rank.")
+        if not prompts.state_dict[key].numel():
+            raise DSDError(f"{prompts.path} is damaged: the matrices of {name} are empty.")
     if unexpected := {key.rsplit(".lora_", 1)[0] for key in prompts.state_dict} - set(expected):
         raise DSDError(
             f"{belongs}: it has {min(unexpected)}, which the model has not. Choose the --model it was trained on."
@@ -219,7 +221,21 @@ def _read_tensors(file: Path, alpha_over_rank: dict[str, float]) -> dict[str, to
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise DSDError(f"{file} is not a dictionary of tensors: is it a checkpoint of DSD?")
+    for key, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise DSDError(f"{file} holds {str(key)!r} in a form that no weight has: is it a checkpoint of DSD?")
     return {str(key): tensor.float() for key, tensor in tensors.items()}
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a matrix of floating-point numbers of its own: not sparse, not one number repeated, …"""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_nested
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

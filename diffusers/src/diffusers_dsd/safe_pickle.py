@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from diffusers_dsd.errors import DSDError, first_line
 
 # RefCOCOg's annotations are about 40 MB. A pickle that is much larger is something else.
 MAX_BYTES = 1_000_000_000
+# CPython overflows its stack, and dies, when it hashes 150,000 tuples inside each other.
+MAX_TUPLES = 60_000
+_PLAIN = (dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, bool, type(None))
 
 
 class _Forbidden(Exception):
@@ -19,7 +23,10 @@ class _Forbidden(Exception):
 class _PlainUnpickler(pickle.Unpickler):
     """Sets are the only plain containers that a pickle has to import; every other import is refused."""
 
+    imported = False
+
     def find_class(self, module: str, name: str) -> Any:
+        self.imported = True
         if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
             return {"set": set, "frozenset": frozenset}[name]
         raise _Forbidden(f"{module}.{name}")
@@ -41,14 +48,48 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise DSDError(f"{path} cannot be read ({error.strerror}): check the path and the file.") from None
     try:
+        _check_size(data)
         try:
-            return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+            return _load(data, "utf-8")
         except UnicodeDecodeError:
-            return _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
+            return _load(data, "latin-1")
     except _Forbidden as error:
         raise DSDError(
-            f"{path} is refused, as it would run code ({first_line(error)}) where only lists, dicts, numbers and "
-            "strings belong: download the original file again."
+            f"{path} is refused, as it would run code ({error}) where only lists, dicts, numbers and strings "
+            "belong: download the original file again."
         ) from None
     except Exception as error:  # a damaged pickle can end in any exception, MemoryError included
         raise DSDError(f"{path} is not a whole pickle file ({first_line(error)}): download it again.") from error
+
+
+def _check_size(data: bytes) -> None:
+    """Raises ValueError for what would kill the process: endless tuples, or one number that asks for all its memory."""
+    tuples = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name.startswith("TUPLE"):
+            tuples += 1
+        elif opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+            raise ValueError("it numbers an object beyond its own length")
+    if tuples > MAX_TUPLES:
+        raise ValueError(f"it holds over {MAX_TUPLES:,} tuples")
+
+
+def _load(data: bytes, encoding: str) -> Any:
+    unpickler = _PlainUnpickler(io.BytesIO(data), encoding=encoding)
+    value = unpickler.load()
+    if unpickler.imported:  # a set was made, or the type itself is in there
+        _check_plain(value)
+    return value
+
+
+def _check_plain(value: Any) -> None:
+    """Raises `_Forbidden` where something else than plain values is in a container."""
+    seen, todo = set(), [value]
+    while todo:
+        one = todo.pop()
+        if type(one) not in _PLAIN:
+            raise _Forbidden(getattr(one, "__qualname__", type(one).__name__))
+        if isinstance(one, (list, tuple, set, frozenset, dict)) and id(one) not in seen:
+            seen.add(id(one))
+            todo.extend(one)
+            todo.extend(one.values() if isinstance(one, dict) else ())
