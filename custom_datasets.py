@@ -346,9 +346,9 @@ class Winoground(MatchingDataset):
         """The values of `keys` in a line of JSON; raises ValueError, KeyError, TypeError or RecursionError."""
         example = json.loads(line)
         values = [example[key] for key in self.keys]
-        if not isinstance(values[0], (int, str)) or not all(isinstance(value, str) and value for value in values[1:]):
+        if not isinstance(values[0], (int, str)) or not all(isinstance(value, str) for value in values[1:]):
             raise ValueError("a name or caption is no text")
-        if any(Path(image_id).name != image_id for image_id in values[1:3]):
+        if any(not image_id or Path(image_id).name != image_id for image_id in values[1:3]):
             raise ValueError("an image is no file name")
         return [str(value) for value in values]
 

@@ -171,7 +171,7 @@ TEXTS = {
     "control characters": ("a\x00dog\x07\x1b[31m\x7f", WORKS),
     "half a surrogate pair": ("a \ud83d dog", "The text 'a \\ud83d dog' holds half of a character"),
     "the same in a long text": ("a \ud83d dog" * 20, "The text 'a \\ud83d dog"),
-    "not a string": (5, "A text is 5, of type int", WORKS, None),  # JSON's 5 is read as "5"
+    "not a string": (5, "A text is 5, of type int", "a name or caption is no text", "The sentences are 5"),
 }
 
 

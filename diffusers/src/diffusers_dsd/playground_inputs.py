@@ -38,6 +38,8 @@ def read_sentences(text: str | None) -> list[str]:
     Raises:
         DSDError: there is none, there are more than `MAX_SENTENCES`, or one is longer than `MAX_CHARACTERS`.
     """
+    if not isinstance(text, str | None):
+        raise DSDError(f"The sentences are {text!r}: give them as one text, a line each.")
     sentences = [line.strip() for line in (text or "").splitlines() if line.strip()]
     if not sentences:
         raise DSDError("There is no sentence: write one, or several in a line each.")
