@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -424,7 +423,7 @@ class Training:
     def fit_weight(self) -> float:
         """w of the hybrid score, learned from the training items that were kept apart; the same in every process."""
         args, items = self.args, self.train_items(self.pipe.resolution)
-        how = asdict(self.score_settings("hybrid"))
+        how = self.score_settings("hybrid").arguments()
         kept = range(self.count, self.count + args.fit_attention_weight)
         self.pipe.unet.eval()
         terms = []  # of each example's candidates, the right one first

@@ -79,21 +79,23 @@ def measure(name: str, scores: np.ndarray, confidence: float, args: argparse.Nam
 
 
 def draw(results: dict[tuple[str, float], dict[str, float]]) -> Figure:
-    """Agreement over saved work, a line for each benchmark."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name in BENCHMARKS:
+    """Saved work and agreement at each confidence, side by side."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    work, agreement = figure.subplots(1, 2)
+    for number, name in enumerate(BENCHMARKS):
+        places = np.arange(len(CONFIDENCES)) + 0.2 * (number - 1.5)
         found = [results[name, confidence] for confidence in CONFIDENCES]
+        work.bar(places, [one["times"] for one in found], 0.18, label=name)
         equal = np.array([one["equal"] for one in found])
         errors = np.array([[e - one["low"], one["high"] - e] for e, one in zip(equal, found, strict=True)]).T
-        axes.errorbar([one["times"] for one in found], equal, errors, marker="o", capsize=3, label=name)
-        for confidence, one in zip(CONFIDENCES, found, strict=True):
-            axes.annotate(f"{confidence:g}", (one["times"], one["equal"]), xytext=(4, -12), textcoords="offset points")
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("work of the full grid / work of the races (UNet rows)")
-    axes.set_ylabel("decisions as on the full grid")
-    axes.set_title(f"--adaptive at three confidences, n = {found[0]['n']} items each, 95 % intervals", fontsize=10)
-    axes.legend(loc="lower left", fontsize=8)
+        agreement.errorbar(places, equal, errors, fmt="o", capsize=3, label=name)
+    for axes, title in ((work, "work of the full grid / of the races"), (agreement, "decisions as on the full grid")):
+        axes.set_xticks(range(len(CONFIDENCES)), [f"{confidence:g}" for confidence in CONFIDENCES])
+        axes.set_xlabel("--adaptive")
+        axes.set_title(title, fontsize=10)
+    work.axhline(1, color="grey", linewidth=0.8)
+    agreement.legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"Races, n = {found[0]['n']} items each, 95 % bootstrap intervals", fontsize=11)
     return figure
 
 
