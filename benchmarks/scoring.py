@@ -11,7 +11,6 @@ Floating-point operations are counted by torch.utils.flop_counter; peak memory i
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -197,11 +196,16 @@ def peak_memory(args: argparse.Namespace) -> dict[str, float]:
 
 
 def peak_of(contest: Contest, way: str, device: str) -> float:
-    """GiB that this process has had at most."""
+    """GiB that this process had at most while it scored (weights included)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of making the model
     contest.plain_pair() if way == "plain" else (contest.prepare(), contest.ours())
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def parse_args() -> argparse.Namespace:

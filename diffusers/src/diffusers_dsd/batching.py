@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffusers_dsd.pipeline import DSDPipeline
 
 _MOST_ROWS = 256
-# A CPU gains nothing from larger calls than this many places of latents (4 rows at 64 × 64), see benchmarks/README.md
+# Places of latents in a call on a CPU (4 rows at 64 × 64), where a row takes as long in a larger call
 _CPU_PLACES = 16_384
 _SHARE = 0.8  # of the free memory that may be used
 
@@ -29,7 +29,7 @@ def auto_batch_size(pipe: "DSDPipeline") -> int:
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch holds for later
         return _between(int(_SHARE * free / max((more - few) / 2, 1)), _MOST_ROWS)
-    # The widest layers keep some forty times the first level's activations (measured: 36 at 64 × 64).
+    # A generous guess of what a row needs: forty times the first level's activations.
     row = 40 * size**2 * pipe.unet.config.block_out_channels[0] * pipe.unet.dtype.itemsize
     return _between(int(_SHARE * psutil.virtual_memory().available / row), max(1, _CPU_PLACES // size**2))
 
