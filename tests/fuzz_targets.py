@@ -151,8 +151,8 @@ def plain_pickle(data: bytes) -> None:
             left += [*one, *one.values()]
         elif isinstance(one, (list, tuple, set, frozenset)):
             left += one
-        else:  # the types themselves do nothing
-            plain = one is None or one in (set, frozenset) or type(one) in (bool, int, float, str, bytes, bytearray)
+        else:
+            plain = one is None or type(one) in (bool, int, float, str, bytes, bytearray)
             assert plain, type(one)
 
 

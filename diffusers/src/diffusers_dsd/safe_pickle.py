@@ -55,8 +55,8 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
             return _load(data, "latin-1")
     except _Forbidden as error:
         raise DSDError(
-            f"{path} is refused, as it would run code ({error}) where only lists, dicts, numbers and strings "
-            "belong: download the original file again."
+            f"{path} is refused, as it would run code ({first_line(error)}) where only lists, dicts, numbers and "
+            "strings belong: download the original file again."
         ) from None
     except Exception as error:  # a damaged pickle can end in any exception, MemoryError included
         raise DSDError(f"{path} is not a whole pickle file ({first_line(error)}): download it again.") from error
