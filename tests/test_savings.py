@@ -1,5 +1,7 @@
 """Savings that leave the score unchanged: what is computed once, not at all, or remembered."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,6 +113,25 @@ def test_a_cache_changes_no_score_and_repeats_no_work(files, tmp_path, monkeypat
     assert rows["vae"] == rows["text"] == [] and sum(rows["unet"]) == STEPS * 4
     for scores, exact in zip([first, second, again], [*expected, expected[1]], strict=True):
         torch.testing.assert_close(scores, exact, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("encodes", [True, False])
+def test_what_is_encoded_ahead_is_not_encoded_again(files, tmp_path, monkeypatch, encodes):
+    pipe, cache = tiny_pipeline(), FeatureCache()
+    monkeypatch.setattr(DSDPipeline, "_encodes_ahead", encodes)  # as on a GPU
+    rows = count_calls(pipe, monkeypatch)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.encode_ahead, [*files, broken, *files], TEXTS, 2, cache).result()
+        pool.submit(pipe.encode_ahead, [], ["a surrogate \ud800"], 2, cache).result()  # of a later item, which says so
+    assert (sum(rows["vae"]), sum(rows["text"])) == ((3, 4) if encodes else (0, 0)), "the empty text as well"
+    out = pipe.score_items([(files, TEXTS)], sampling_steps=STEPS, cache=cache)[0]
+    assert (sum(rows["vae"]), sum(rows["text"])) == (3, 4)
+    expected = pipe.score_items([(files, TEXTS)], sampling_steps=STEPS)[0]
+    torch.testing.assert_close(out.scores, expected.scores, atol=1e-5, rtol=0)
+    with pytest.raises(DSDError, match=r"broken\.png"):
+        pipe.encode_images([broken], cache)
 
 
 def test_what_another_model_left_on_disk_is_not_taken(files, tmp_path):

@@ -1,7 +1,9 @@
 """From pictures to latents and from texts to prompt embeddings: what `DSDPipeline` does before the UNet."""
 
 import os
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from diffusers_dsd.scoring import PromptEmbeddings
 logger = logging.get_logger(__name__)
 
 ImageInput = Image.Image | str | os.PathLike | torch.Tensor
+# An evaluation has two threads: the VAE may change its type while it encodes, and tokenizers take one call at a time
+_ENCODING = threading.Lock()
 _VAE_BATCH = 4  # images per VAE call: its memory grows with the square of the resolution
 
 
@@ -95,13 +99,29 @@ class EncodesImagesAndTexts:
                     cache.put(key, {"latents": latents.clone()})  # not a view that keeps its whole batch
         return torch.stack([found[place] for place in range(len(images))])
 
-    def decode_ahead(self, images: Sequence[ImageInput], cache: FeatureCache) -> None:
+    def encode_ahead(
+        self, images: Sequence[ImageInput], texts: Sequence[str], batch_size: int, cache: FeatureCache
+    ) -> None:
         """Reads the picture files among the images for a later `encode_images`, but for those whose latents are known.
 
-        For another thread, while the UNet computes. A file that cannot be read is left for `encode_images` to name.
+        On a GPU it encodes them and the texts as well; a CPU has no cores to spare for that. For another thread, while
+        the UNet computes. What is wrong with a picture or text is left for `encode_images` and `encode_texts` to name.
         """
         keys = [(image, self._latents_key(image, cache)) for image in images]
-        cache.decode([image for image, key in keys if key is not None and cache.get(key) is None], self.resolution)
+        new = [image for image, key in keys if key is not None and cache.get(key) is None]
+        readable = cache.decode(new, self.resolution)
+        if not self._encodes_ahead:
+            return
+        with suppress(ItemError):
+            if readable:
+                self.encode_images(readable, cache)
+        with suppress(ItemError):
+            self.encode_texts(texts, batch_size, cache)
+
+    @property
+    def _encodes_ahead(self) -> bool:
+        # a model that is moved to the GPU in parts would have two threads move them
+        return self._execution_device.type == "cuda" and not hasattr(self.unet, "_hf_hook")
 
     def _latents_key(self, image: ImageInput, cache: FeatureCache) -> tuple | None:
         key = image_key(image, self.resolution)
@@ -122,14 +142,16 @@ class EncodesImagesAndTexts:
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """(k, 3, R, R) in [-1, 1] -> latents (k, C, h, w) float32."""
         # SDXL's VAE overflows in float16 and says so in its configuration, as Diffusers' own pipeline expects.
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast and self.text_encoder_2 is not None
-        if upcast:
-            self.vae.to(torch.float32)
-        try:
-            latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean.float()
-        finally:
+        with _ENCODING:
+            upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+            upcast = upcast and self.text_encoder_2 is not None
             if upcast:
-                self.vae.to(torch.float16)
+                self.vae.to(torch.float32)
+            try:
+                latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean.float()
+            finally:
+                if upcast:
+                    self.vae.to(torch.float16)
         mean, std = (getattr(self.vae.config, name, None) for name in ("latents_mean", "latents_std"))
         if mean is not None and std is not None:
             latents = (latents - latents.new_tensor(mean).view(1, -1, 1, 1)) / latents.new_tensor(std).view(1, -1, 1, 1)
@@ -201,9 +223,9 @@ class EncodesImagesAndTexts:
         """Token ids and attention mask, each (k, tokens), padded and truncated to the tokenizer's maximum."""
         texts = [self.maybe_convert_prompt(text, tokenizer) for text in texts]
         longest = tokenizer.model_max_length
-        tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt").to(
-            self._execution_device
-        )
+        with _ENCODING:
+            tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        tokens = tokens.to(self._execution_device)
         return tokens.input_ids, tokens.attention_mask
 
     def _report_truncated(self, texts: Sequence[str], where: str) -> None:
@@ -213,8 +235,11 @@ class EncodesImagesAndTexts:
             # Every token is at least one character, so a short text needs no look.
             if not isinstance(text, str) or len(text) <= longest - 2 or text in self._reported_as_truncated:
                 continue
-            tokens = len(self.tokenizer(self.maybe_convert_prompt(text, self.tokenizer)).input_ids)
+            with _ENCODING:
+                tokens = len(self.tokenizer(self.maybe_convert_prompt(text, self.tokenizer)).input_ids)
             if tokens > longest:
+                if len(self._reported_as_truncated) >= 10_000:  # of a benchmark of any size: rather say some twice
+                    self._reported_as_truncated.clear()
                 self._reported_as_truncated.add(text)
                 logger.warning(
                     f"{where}only the first {longest - 2} of {tokens - 2} tokens count in the text {text[:80]!r}…"

@@ -104,15 +104,19 @@ class FeatureCache:
 
     # ---- pictures
 
-    def decode(self, paths: Sequence[str | os.PathLike], resolution: int) -> None:
-        """Reads picture files ahead for `pixels`; one that cannot be read is left for it to name."""
+    def decode(self, paths: Sequence[str | os.PathLike], resolution: int) -> list[str | os.PathLike]:
+        """Reads picture files ahead for `pixels`, and says which; those that cannot be read are left for it to name."""
+        readable = {}
         for image in paths:
-            key = image_key(image, resolution)
-            if key is not None and key not in self._decoded:
-                try:
+            if (key := image_key(image, resolution)) is None:
+                continue
+            try:
+                if key not in self._decoded:
                     self._decoded[key] = to_tensor(open_image(image), resolution)
-                except DSDError:
-                    continue
+            except DSDError:
+                continue
+            readable[key] = image
+        return list(readable.values())
 
     def discard(self, images: Sequence[Any], resolution: int) -> None:
         """Forgets what was read ahead of pictures that nobody will ask for any more."""

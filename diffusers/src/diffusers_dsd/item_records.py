@@ -88,7 +88,7 @@ def item_groups(
     With `skip`, what is wrong with an item takes its place.
     """
     group: dict[int, Item | ItemError] = {}
-    images, rows = [], 0.0
+    rows = 0.0
     # a race looks at few timesteps at a time
     share = 1 if how.adaptive is None else look_after(how.sampling_steps)[0] / how.sampling_steps
     for index in shard:
@@ -102,15 +102,23 @@ def item_groups(
             group[index] = error
             rows += 1  # so that thousands of them in a row do not wait to be written
             continue
-        images += item.images
         sizes = len(item.images), len(item.texts)
         rows += share * num_rows(*sizes, how.sampling_steps, how.score, how.halves, how.untuned_denoising)
         if rows >= _FULL_BATCHES * how.batch_size:
-            pipe.decode_ahead(images, cache)
+            _encode_ahead(pipe, group, how, cache)
             yield group
-            group, images, rows = {}, [], 0.0
+            group, rows = {}, 0.0
     if group:
+        _encode_ahead(pipe, group, how, cache)
         yield group
+
+
+def _encode_ahead(
+    pipe: DSDPipeline, group: dict[int, Item | ItemError], how: ScoreSettings, cache: FeatureCache
+) -> None:
+    items = [item for item in group.values() if not isinstance(item, ItemError)]
+    images, texts = ([one for item in items for one in getattr(item, part)] for part in ("images", "texts"))
+    pipe.encode_ahead(images, texts, how.batch_size, cache)
 
 
 def item_records(
