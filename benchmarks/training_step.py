@@ -7,6 +7,7 @@ initialised UNet with rank-4 attention prompts; the counts do not depend on the 
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,8 +24,8 @@ SD_2_1_BASE = {
 }
 
 
-def saved_bytes(unet: UNet2DConditionModel, rows: int) -> int:
-    """Bytes of distinct tensors, other than weights, that a forward pass of `rows` rows saves for the backward pass."""
+def kept_bytes(unet: UNet2DConditionModel, step: Callable[[], object]) -> int:
+    """Most bytes of distinct tensors, other than the UNet's weights, that autograd holds during a step."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*unet.parameters(), *unet.buffers())}
     kept: dict[int, tuple[int, torch.Tensor]] = {}  # holds the tensors, so that no address is given out twice
 
@@ -35,7 +36,7 @@ def saved_bytes(unet: UNet2DConditionModel, rows: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        score(unet, rows)
+        step()
     return sum(size for size, _ in kept.values())
 
 
@@ -76,7 +77,7 @@ def main() -> None:
         if checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        per_row = saved_bytes(unet, rows=1)
+        per_row = kept_bytes(unet, lambda: score(unet, rows=1))
         name = "with --gradient_checkpointing" if checkpointing else "without --gradient_checkpointing"
         print(f"saved per row with gradient, {name}: {per_row / 2**30:.2f} GiB")
 
