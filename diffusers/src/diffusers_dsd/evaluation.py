@@ -70,19 +70,7 @@ def evaluate(
         return figures if accelerator.is_main_process else {}
 
     start = time.perf_counter()
-    shard = range(accelerator.process_index, total, accelerator.num_processes)
-    before = sum(done[index] for index in shard)
-    cache, show = FeatureCache(folder=features), accelerator.is_main_process
-    groups = one_ahead(item_groups(pipe, benchmark, shard, done, how, cache, skip))
-    with tqdm(total=len(shard), initial=before, unit="item", disable=not show, desc=benchmark.name) as bar:
-        right, scored = 0, 0
-        for group in groups:
-            for record in item_records(pipe, benchmark, group, how, cache, skip):
-                results.append(record, shard=accelerator.process_index)
-                right, scored = right + record.get("correct", False), scored + ("error" not in record)
-            bar.update(len(group))
-            bar.set_postfix_str(f"right {right / scored:.3f}" if scored else "nothing scored")
-    results.close()
+    _score_share(pipe, benchmark, how, results, done, total, accelerator, FeatureCache(folder=features), skip)
     wait_for_the_others(accelerator)
     if not accelerator.is_main_process:
         return {}
@@ -109,6 +97,32 @@ def evaluate(
         }
     )
     return figures
+
+
+def _score_share(
+    pipe: DSDPipeline,
+    benchmark: Benchmark,
+    how: ScoreSettings,
+    results: ResultsFolder,
+    done: bytearray,
+    total: int,
+    accelerator: Accelerator,
+    cache: FeatureCache,
+    skip: bool,
+) -> None:
+    """Scores those of this process's items that are not done, and writes each as soon as it is scored."""
+    shard = range(accelerator.process_index, total, accelerator.num_processes)
+    before, show = sum(done[index] for index in shard), accelerator.is_main_process
+    groups = one_ahead(item_groups(pipe, benchmark, shard, done, how, cache, skip))
+    with tqdm(total=len(shard), initial=before, unit="item", disable=not show, desc=benchmark.name) as bar:
+        right, scored = 0, 0
+        for group in groups:
+            for record in item_records(pipe, benchmark, group, how, cache, skip):
+                results.append(record, shard=accelerator.process_index)
+                right, scored = right + record.get("correct", False), scored + ("error" not in record)
+            bar.update(len(group))
+            bar.set_postfix_str(f"right {right / scored:.3f}" if scored else "nothing scored")
+    results.close()
 
 
 def run_settings(
