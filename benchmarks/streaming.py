@@ -4,9 +4,8 @@
 
 Runs dsd_infer.py in a fresh process for each number, on so many items of Shapes (an endless list, which
 custom_datasets.py cuts at 1,200) with one timestep and the attention score, and asks the system for the process's
-resident memory: after 500 items, when the last item is scored, and at its peak, merging and figures included.
-Measured to the end up
-to 50,000 items: benchmarks/README.md.
+resident memory: after 500 items, when the last item is scored, and at its peak, merging and figures included. What was
+measured: benchmarks/README.md.
 """
 
 import argparse
@@ -60,6 +59,7 @@ def measure(items: int, folder: Path) -> Memory:
     """
     command = [sys.executable, "-c", RUN, str(items), str(ROOT / "dsd_infer.py"), "--results_dir", str(folder)]
     command += ["--val_data", "Shapes", "--sampling_time_steps", "1", "--score", "attention"]
+    command += ["--batchsize", "16"]  # not auto: the items that are held between two writes would depend on the machine
     start = time.perf_counter()
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     watched, shard = psutil.Process(child.pid), folder / "scores-00000.jsonl"
