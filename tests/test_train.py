@@ -5,10 +5,10 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
+import prefork
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -43,6 +43,7 @@ def checkout(tmp_path_factory):
     return data_dir.parent
 
 
+TRAIN = ROOT / "dsd_train.py"
 QUICK = ["--learning_rate", "1e-2", "--report_to", "none"]
 
 
@@ -96,11 +97,9 @@ def test_the_commands_of_the_readme_run(checkout, model, tmp_path, command):
     assert list((tmp_path / "out" / "logs").rglob("events.out.tfevents*")), "tensorboard is the default"
 
     # dsd_infer.py with this checkpoint gives the figures that the training ended with
-    again = launch(
-        "dsd_infer.py", "--val_data", val_data, "--model", model, "--output_dir", final, "--sampling_steps", "2",
-        "--results_dir", tmp_path / "again", *(["--bias"] if "--bias" in command else []), cwd=checkout,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
+    args = ["--val_data", val_data, "--model", model, "--output_dir", final, "--sampling_steps", 2]
+    args += ["--results_dir", tmp_path / "again", *(["--bias"] if "--bias" in command else [])]
+    prefork.run(args, tmp_path / "words", script=checkout / "dsd_infer.py")
     for one, two in zip(
         scores_of(tmp_path / "again"), scores_of(tmp_path / "out" / f"results-{val_data}"), strict=True
     ):
@@ -155,10 +154,8 @@ def test_batches_accumulation_and_checkpointing_give_the_same_weights(model, tmp
     args = ["--model", model, "--max_train_steps", 3, "--score", score, "--margin", 1, "--adam_epsilon", 1, *QUICK]
     for name, flags in ways.items():
         in_process(*args, *flags, "--output_dir", tmp_path / name)
-    done = launch(
-        "dsd_train.py", *map(str, args), "--train_batch_size", "2", "--output_dir", tmp_path / "two", processes=2
-    )
-    assert done.returncode == 0, done.stderr
+    two = [*args, "--train_batch_size", 2, "--output_dir", tmp_path / "two"]
+    prefork.run(two, tmp_path / "words", processes=2, script=TRAIN)
     reference = weights(tmp_path / "batch" / "final-checkpoint-3")
     for name in ("accumulation", "checkpointing", "two"):
         assert_same(weights(tmp_path / name / "final-checkpoint-3"), reference, atol=1e-5)
@@ -190,86 +187,68 @@ def test_bfloat16_keeps_the_prompts_in_float32(model, tmp_path):
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in tensors.values())
 
 
-RESUMED = [
-    "--max_train_steps",
-    "12",
-    "--checkpointing_steps",
-    "2",
-    "--train_batch_size",
-    "2",
-    "--lr_scheduler",
-    "cosine",
-]
+RESUMED = ["--max_train_steps", 12, "--checkpointing_steps", 2, "--train_batch_size", 2, "--lr_scheduler", "cosine"]
 
 
 def start(model, output, *extra):
-    command = [
-        sys.executable,
-        "dsd_train.py",
-        "--model",
-        str(model),
-        "--output_dir",
-        str(output),
-        *RESUMED,
-        *QUICK,
-        *extra,
-    ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    """The training, in a process that can be killed, and the file with its words."""
+    output.mkdir(exist_ok=True)
+    words = output.parent / f"{output.name}.txt"
+    args = ["--model", model, "--output_dir", output, *RESUMED, *QUICK, *extra]
+    (process,) = prefork.start(args, words, script=TRAIN)
+    return process, words
 
 
-def wait_until(condition, process, seconds=120):
+def finish(process, words):
+    process.join(120)
+    assert process.exitcode == 0, words.read_text()
+
+
+def wait_until(condition, process, words, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), words.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(model, tmp_path_factory):
-    output = tmp_path_factory.mktemp("uninterrupted")
-    process = start(model, output)
-    assert process.wait(120) == 0, process.stderr.read()
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
+    finish(*start(model, output))
     return weights(output / "final-checkpoint-12")
 
 
-@pytest.mark.parametrize("moment", ["before the first checkpoint", "after one", "while one is written"])
+@pytest.mark.parametrize(
+    "moment", [".", "Shapes-checkpoint-4", ".Shapes-checkpoint-6.tmp"], ids=["before the first", "after one", "within"]
+)
 def test_a_killed_run_resumes_bit_for_bit(model, tmp_path, uninterrupted, moment):
-    process = start(model, tmp_path)
-    sign = {
-        "before the first checkpoint": "logs-or-nothing",
-        "after one": "Shapes-checkpoint-4",
-        "while one is written": ".Shapes-checkpoint-6.tmp",
-    }[moment]
-    if moment == "before the first checkpoint":
-        wait_until(lambda: any(tmp_path.iterdir()) or True, process)
-        time.sleep(1)
-    else:
-        wait_until(lambda: (tmp_path / sign).exists() or (tmp_path / "Shapes-checkpoint-8").exists(), process)
+    output = tmp_path / "out"
+    process, words = start(model, output)
+    later = output / "Shapes-checkpoint-8"  # where the moment was too short to be seen
+    wait_until(lambda: (any(output.iterdir()) and (output / moment).exists()) or later.exists(), process, words)
     process.kill()
-    process.wait()
-    assert not (tmp_path / "final-checkpoint-12").exists()
-    again = start(model, tmp_path, "--resume_from_checkpoint", "latest")
-    assert again.wait(120) == 0, again.stderr.read()
-    assert_same(weights(tmp_path / "final-checkpoint-12"), uninterrupted)
+    process.join()
+    assert not (output / "final-checkpoint-12").exists()
+    assert (moment != ".") == bool(list(output.glob("Shapes-checkpoint-*")))
+    finish(*start(model, output, "--resume_from_checkpoint", "latest"))
+    assert_same(weights(output / "final-checkpoint-12"), uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_leave_with_a_sentence(model, tmp_path, uninterrupted, number):
-    process = start(model, tmp_path)
-    wait_until(lambda: (tmp_path / "Shapes-checkpoint-2").exists(), process)
-    process.send_signal(number)
-    assert process.wait(60) == 128 + number
-    error = process.stderr.read()
+    output = tmp_path / "out"
+    process, words = start(model, output)
+    wait_until(lambda: (output / "Shapes-checkpoint-2").exists(), process, words)
+    os.kill(process.pid, number)
+    process.join(60)
+    error = words.read_text()
+    assert process.exitcode == 128 + number
     assert "everything is saved" in error and "Traceback" not in error
     step = int(re.search(r"after step (\d+)", error)[1])
-    assert (tmp_path / f"Shapes-checkpoint-{step}").is_dir()
-    again = start(model, tmp_path, "--resume_from_checkpoint", "latest")
-    assert again.wait(120) == 0, again.stderr.read()
-    assert_same(weights(tmp_path / "final-checkpoint-12"), uninterrupted)
+    assert (output / f"Shapes-checkpoint-{step}").is_dir()
+    finish(*start(model, output, "--resume_from_checkpoint", "latest"))
+    assert_same(weights(output / "final-checkpoint-12"), uninterrupted)
 
 
 def test_only_the_newest_checkpoints_are_kept(model, tmp_path):
@@ -444,10 +423,8 @@ def test_the_weight_of_the_attention_term_is_learned_from_items_kept_apart(model
             attention.append([float(out.attention[place]) for place in places])
             denoising.append([float(out.denoising[place]) for place in places])
     assert settings["attention_weight"] == pytest.approx(fit_attention_weight(attention, denoising), rel=1e-2, abs=1e-3)
-    done = launch(
-        "dsd_infer.py", "--model", model, "--val_data", "Shapes_sub", "--limit", 2, "--sampling_time_steps", 2,
-        "--output_dir", tmp_path / "out" / "final-checkpoint-3", "--results_dir", tmp_path / "results",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    args = ["--model", model, "--val_data", "Shapes_sub", "--limit", 2, "--sampling_time_steps", 2]
+    args += ["--output_dir", tmp_path / "out" / "final-checkpoint-3", "--results_dir", tmp_path / "results"]
+    prefork.run(args, tmp_path / "words")
     noted = results_of(tmp_path / "results")["settings"]
     assert (noted["attention_weight"], noted["untuned_denoising"]) == (settings["attention_weight"], True)
