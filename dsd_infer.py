@@ -8,9 +8,11 @@ and computes the figures. `--help` lists the flags.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,13 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         weights=weights,
         adaptive=args.adaptive,
     )
-    model = {"model": args.model, "checkpoint": str(args.checkpoint) if args.checkpoint else None}
+    prompts = pipe.attention_prompts
+    model = {
+        "model": args.model,
+        "checkpoint": str(args.checkpoint) if args.checkpoint else None,
+        # a folder may hold other prompts when a run goes on than when it began
+        "checkpoint_sha256": hashlib.sha256(prompts.path.read_bytes()).hexdigest() if prompts else None,
+    }
     settings = run_settings(pipe, benchmark, how, args.limit, model)
     # the main process chooses: the others' clocks and disks may differ
     chosen = in_every_process(
@@ -113,8 +121,8 @@ def results_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
 def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple[DSDPipeline, MatchingDataset]:
     """The model on this process's device, and the benchmark at the model's resolution."""
     timestep_grid(args.sampling_time_steps)
-    # The benchmark is read first as well: a missing file should not wait for gigabytes of weights.
-    get_dataset(args.val_data, args.data_root, seed=args.seed)
+    # The benchmark is read first: a missing file should not wait for gigabytes of weights.
+    benchmark = get_dataset(args.val_data, args.data_root, seed=args.seed)
     dtype = DTYPES.get(args.dtype) or DTYPES.get(
         {"fp16": "float16", "bf16": "bfloat16"}.get(accelerator.mixed_precision, ""),
         torch.float16 if accelerator.device.type == "cuda" else torch.float32,
@@ -131,7 +139,8 @@ def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple[DSDPipelin
     if args.compile:
         compile_blocks(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, get_dataset(args.val_data, args.data_root, resize=pipe.resolution, seed=args.seed)
+    benchmark.settings = replace(benchmark.settings, resize=pipe.resolution)
+    return pipe, benchmark
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ import pytest
 import torch
 from launch import results_of, scores_of
 from prefork import run, start
+from safetensors.torch import load_file, save_file
 
 from diffusers_dsd.metrics import format_table
+from diffusers_dsd.models import SHAPES_PROMPTS
+from diffusers_dsd.prompts import WEIGHTS_NAME
 from diffusers_dsd.results import load_records
 
 ITEMS = 131
@@ -153,6 +156,11 @@ def test_resume_without_a_folder_takes_the_newest_of_the_same_settings(tmp_path,
     assert infer("--resume") == folder
     assert "seed was 0 and is now 1" in refused("--resume", "--seed", "1")
     assert "seed was 0 and is now 1" in refused("--seed", "1", "--results_dir", folder)
+    prompts = shutil.copytree(SHAPES_PROMPTS, tmp_path / "prompts")
+    tuned = infer("--checkpoint", str(prompts), "--results_dir", str(tmp_path / "tuned"))
+    weights = load_file(prompts / WEIGHTS_NAME)
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, prompts / WEIGHTS_NAME)  # trained on
+    assert "checkpoint_sha256 was " in refused("--checkpoint", str(prompts), "--results_dir", tuned)
     empty = tmp_path / "empty"
     assert f"nothing to resume in {empty}: leave --resume out" in refused("--resume", "--results_dir", str(empty))
     assert not empty.exists()
