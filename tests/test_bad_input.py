@@ -4,6 +4,7 @@ WORKS is a score; anything else is part of the one sentence that names the culpr
 stream, with status 1 and without a traceback; elsewhere in a `DSDError`). None: the door has no such input.
 """
 
+import errno
 import io
 import json
 import os
@@ -141,13 +142,19 @@ PICTURES = {  # content, then the doors
 }
 
 
+def open_but(denied, real, file, *args, **kwargs):
+    if str(file) == str(denied):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+    return real(file, *args, **kwargs)
+
+
 @pytest.mark.parametrize(("door", "content", "outcome"), list(cells(PICTURES)))
-def test_pictures(door, content, outcome, benchmark, pipe, infer):
+def test_pictures(door, content, outcome, benchmark, pipe, infer, monkeypatch):
     path = benchmark / "winoground" / "images" / "culprit.png"
     if content == UNREADABLE:
         path.chmod(0)
-        if os.access(path, os.R_OK):
-            pytest.skip("this user may read every file")
+        if os.access(path, os.R_OK):  # root may read every file: refuse this one as the system would to others
+            monkeypatch.setattr("builtins.open", partial(open_but, path, open))
     elif content == A_FOLDER:
         path.unlink()
         path.mkdir()

@@ -188,6 +188,30 @@ def test_damaged_pickles_are_named(tmp_path, data):
         load_plain_pickle(tmp_path / "refs.p")
 
 
+def pairs(depth):
+    """Tuples that hold the one before twice."""
+    value = 5
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_tuples_come_back(tmp_path, protocol):
+    value = [pairs(5), {pairs(5): 1, (1, (2, "a")): [3]}, {(1, 2), (3,)}, [(i, str(i)) for i in range(2000)]]
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(value, protocol))
+    assert load_plain_pickle(tmp_path / "refs.p") == value
+
+
+@pytest.mark.parametrize(
+    "key", [pickle.dumps(pairs(60), 2)[2:-1], b")" + b"\x85" * 150_000, b")" + b"2\x86" * 60], ids=len
+)
+def test_tuples_that_would_be_hashed_for_ever_are_refused(tmp_path, key):
+    (tmp_path / "refs.p").write_bytes(b"\x80\x02}" + key + b"K\x01s.")
+    with pytest.raises(DSDError, match=r"refs\.p is not a whole pickle file"):
+        load_plain_pickle(tmp_path / "refs.p")
+
+
 def test_deep_nesting_does_no_harm(tmp_path):
     (tmp_path / "refs.p").write_bytes(b"]" * 100_000 + b"a" * 99_999 + b".")
     assert len(load_plain_pickle(tmp_path / "refs.p")) == 1

@@ -11,8 +11,9 @@ from diffusers_dsd.errors import DSDError, first_line
 
 # RefCOCOg's annotations are about 40 MB. A pickle that is much larger is something else.
 MAX_BYTES = 1_000_000_000
-# CPython overflows its stack, and dies, when it hashes 150,000 tuples inside each other.
-MAX_TUPLES = 60_000
+_HASH_STEPS = 100  # for each byte of a pickle, that hashing its tuples may take
+_ADD_TO_A_CONTAINER = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS")
+_MARK: list[int] = [0]
 _PLAIN = (dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, bool, type(None))
 
 
@@ -63,15 +64,58 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
 
 
 def _check_size(data: bytes) -> None:
-    """Raises ValueError for what would kill the process: endless tuples, or one number that asks for all its memory."""
-    tuples = 0
+    """Raises ValueError for what would kill or stall the process: a number that asks for its memory, or a hash bomb."""
+    has_tuples = False
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name.startswith("TUPLE"):
-            tuples += 1
-        elif opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+        has_tuples |= "TUPLE" in opcode.name
+        if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
             raise ValueError("it numbers an object beyond its own length")
-    if tuples > MAX_TUPLES:
-        raise ValueError(f"it holds over {MAX_TUPLES:,} tuples")
+    if has_tuples:  # RefCOCOg has none, and need not wait
+        _check_tuples(data)
+
+
+def _check_tuples(data: bytes) -> None:
+    """Raises ValueError where hashing all values wherever they stand would take many more steps than there are bytes.
+
+    Tuples may be keys, and Python hashes the whole of one each time: 40 of which each holds the one before twice would
+    keep it busy for ever, and 150,000 inside each other overflow its stack. This follows the pickle's opcodes as the
+    unpickler does, with the steps that each value takes in its place.
+    """
+    stack: list[list[int]] = []  # of each value its steps, in a list of one number that all share who refer to it
+    memo: dict[int, list[int]] = {}
+    steps, most = 0, _HASH_STEPS * len(data)
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name == "MEMOIZE" or "PUT" in name:
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in _ADD_TO_A_CONTAINER:
+            *new, container = _popped(stack, opcode)
+            container[0] += sum(value[0] for value in new)
+            stack.append(container)
+        else:
+            if name == "DUP":
+                value = stack[-1]
+            elif "GET" in name:
+                value = memo[argument]
+            else:
+                value = [1 + sum(part[0] for part in _popped(stack, opcode))]
+            if opcode.stack_after:
+                stack.append(value)
+                steps += value[0]
+            if steps > most:
+                raise ValueError("its tuples hold each other too often")
+
+
+def _popped(stack: list[list[int]], opcode: pickletools.OpcodeInfo) -> list[list[int]]:
+    """Takes from the stack what an opcode takes, the top one first."""
+    taken, fixed = [], len(opcode.stack_before)
+    if pickletools.markobject in opcode.stack_before:
+        while (value := stack.pop()) is not _MARK:
+            taken.append(value)
+        fixed = opcode.stack_before.index(pickletools.markobject)
+    return taken + [stack.pop() for _ in range(fixed)]
 
 
 def _load(data: bytes, encoding: str) -> Any:
