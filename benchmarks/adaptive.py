@@ -80,7 +80,7 @@ def measure(name: str, scores: np.ndarray, confidence: float, args: argparse.Nam
 
 def draw(results: dict[tuple[str, float], dict[str, float]]) -> Figure:
     """Saved work and agreement at each confidence, side by side."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
     work, agreement = figure.subplots(1, 2)
     for number, name in enumerate(BENCHMARKS):
         places = np.arange(len(CONFIDENCES)) + 0.2 * (number - 1.5)
@@ -94,7 +94,7 @@ def draw(results: dict[tuple[str, float], dict[str, float]]) -> Figure:
         axes.set_xlabel("--adaptive")
         axes.set_title(title, fontsize=10)
     work.axhline(1, color="grey", linewidth=0.8)
-    agreement.legend(loc="lower right", fontsize=8)
+    figure.legend(*work.get_legend_handles_labels(), loc="outside lower center", ncols=len(BENCHMARKS), fontsize=8)
     figure.suptitle(f"Races, n = {found[0]['n']} items each, 95 % bootstrap intervals", fontsize=11)
     return figure
 
