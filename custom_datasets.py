@@ -76,7 +76,14 @@ class Settings:
 
 
 class MatchingDataset(Dataset):
-    """A sequence of `Item`s. `name` is the benchmark's, `metrics` "accuracy", "recall" or "winoground"."""
+    """A sequence of `Item`s.
+
+    Attributes:
+        name: of the benchmark.
+        metrics: "accuracy", "recall" or "winoground".
+        rows: one of each item.
+        files: the annotation files they were read from; an evaluation whose files have changed is not gone on with.
+    """
 
     images_from = ""  # where the user gets the pictures
 
@@ -85,6 +92,12 @@ class MatchingDataset(Dataset):
         self.name = settings.name
         self.metrics = settings.metrics
         self.rows: Sequence[Any] = []
+        self.files: list[Path] = []
+
+    def annotations(self, path: Path, source: str) -> "Annotations":
+        """An annotation file of this benchmark, to be read, and where the user gets it."""
+        self.files.append(path)
+        return Annotations(self.name, path, source)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -204,10 +217,10 @@ class ComVG(MatchingDataset):
     def __init__(self, settings: Settings, changed: str = "") -> None:
         super().__init__(settings)
         if settings.mode == "train":
-            file = Annotations(self.name, settings.data_dir / "comvg_train.csv", DSD_DATA)
+            file = self.annotations(settings.data_dir / "comvg_train.csv", DSD_DATA)
             self.folder = settings.root / "Visual_Genome" / "VG_100K"
         else:
-            file = Annotations(self.name, settings.data_dir / "compositional_visual_genome.csv", COMVG_DATA)
+            file = self.annotations(settings.data_dir / "compositional_visual_genome.csv", COMVG_DATA)
             self.folder = settings.root / "Visual_Genome" / "vg_concept"
         # Training on all of them does not need to know which word was changed.
         needs_kind = changed or settings.mode == "eval"
@@ -233,7 +246,7 @@ class Refcocog(MatchingDataset):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        file = Annotations(self.name, settings.root / "refcocog" / "refs(google).p", REFCOCOG)
+        file = self.annotations(settings.root / "refcocog" / "refs(google).p", REFCOCOG)
         splits = ("train",) if settings.mode == "train" else ("val", "test")
         # One image can have things in several splits, so what describes it is collected from all of them.
         self.of_image: dict[int, set[str]] = {}
@@ -278,7 +291,7 @@ class VqaText(MatchingDataset):
         train = settings.mode == "train"
         self.part = "train2014" if train else "val2014"
         path = settings.data_dir / ("vqa_text_train.csv" if train else "vqa_text_test.csv")
-        table = Annotations(self.name, path, DSD_DATA).table(["sentence", *self.wrong], ["pos_image_id"])
+        table = self.annotations(path, DSD_DATA).table(["sentence", *self.wrong], ["pos_image_id"])
         self.rows = self.few_shot(list(table.itertuples()))
 
     def item(self, index: int) -> Item:
@@ -298,7 +311,7 @@ class VqaBinary(MatchingDataset):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        file = Annotations(self.name, settings.data_dir / "test.txt", DSD_DATA)
+        file = self.annotations(settings.data_dir / "test.txt", DSD_DATA)
         rows = []
         self.images_of: dict[str, set[str]] = {}  # "is it raining? it is raining." is said of seven images
         for number, text in file.lines():
@@ -333,7 +346,7 @@ class Winoground(MatchingDataset):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        file = Annotations(self.name, settings.root / "winoground" / "examples.jsonl", WINOGROUND)
+        file = self.annotations(settings.root / "winoground" / "examples.jsonl", WINOGROUND)
         rows = []
         for number, text in file.lines():
             try:

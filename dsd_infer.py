@@ -8,7 +8,6 @@ and computes the figures. `--help` lists the flags.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import time
@@ -39,7 +38,7 @@ from diffusers_dsd.inference_flags import DTYPES, parse_inference_flags
 from diffusers_dsd.item_records import ScoreSettings
 from diffusers_dsd.metrics import format_table
 from diffusers_dsd.models import compile_blocks, load_pipeline
-from diffusers_dsd.results import RESULTS_NAME, SETTINGS_NAME, find_results
+from diffusers_dsd.results import RESULTS_NAME, SETTINGS_NAME, find_results, sha256
 from diffusers_dsd.schedule import timestep_grid
 from diffusers_dsd.timestep_weights import read_weights
 
@@ -73,21 +72,23 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         weights=weights,
         adaptive=args.adaptive,
     )
-    prompts = pipe.attention_prompts
-    model = {
+    # files may hold something else when a run goes on than when it began
+    prompts = [pipe.attention_prompts.path] if pipe.attention_prompts else []
+    digests = in_every_process(accelerator, lambda: (sha256(*prompts), sha256(*benchmark.files)))
+    sources = {
         "model": args.model,
         "checkpoint": str(args.checkpoint) if args.checkpoint else None,
-        # a folder may hold other prompts when a run goes on than when it began
-        "checkpoint_sha256": hashlib.sha256(prompts.path.read_bytes()).hexdigest() if prompts else None,
+        "checkpoint_sha256": digests[0],
+        "annotations_sha256": digests[1],
     }
-    settings = run_settings(pipe, benchmark, how, args.limit, model)
+    settings = run_settings(pipe, benchmark, how, args.limit, sources)
     # the main process chooses: the others' clocks and disks may differ
     chosen = in_every_process(
         accelerator, lambda: str(results_folder(args, settings)) if accelerator.is_main_process else ""
     )
     folder = Path(broadcast_object_list([chosen])[0])
     skip = args.on_error == "skip"
-    figures = evaluate(pipe, benchmark, how, folder, accelerator, args.limit, model, args.cache_dir_features, skip)
+    figures = evaluate(pipe, benchmark, how, folder, accelerator, args.limit, sources, args.cache_dir_features, skip)
     if accelerator.is_main_process:
         score = "weighted" if args.weights else args.score
         print(f"{benchmark.name}, {score} score, seed {args.seed}")

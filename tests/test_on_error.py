@@ -73,6 +73,19 @@ def test_a_resumed_run_neither_retries_nor_counts_twice(broken, checkout, tmp_pa
     paths[MISSING].unlink()
 
 
+def test_another_annotation_file_is_not_gone_on_with(broken, checkout, tmp_path):  # noqa: F811
+    shutil.copytree(broken[2], tmp_path / "out")
+    table = checkout / "data" / "compositional_visual_genome.csv"
+    before = table.read_bytes()
+    table.write_bytes(before.replace(b"1,", b"1, ", 1))
+    try:
+        args = [*ARGS, "--on_error", "skip", "--results_dir", tmp_path / "out"]
+        said = prefork.run(args, tmp_path / "words", script=checkout / "dsd_infer.py", status=1)
+    finally:
+        table.write_bytes(before)
+    assert "results of other settings (annotations_sha256 was " in said
+
+
 def test_what_reads_results_copes_with_skipped_items(broken):
     _, _, folder, _ = broken
     results = read_results(folder.parent, folder.name, most_wrong=9)

@@ -6,6 +6,7 @@ scores.jsonl                all items in order, once the run is complete
 results.json                figures, settings, versions
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -53,6 +54,22 @@ def write_json(path: Path, value: Any) -> None:
         DSDError: the file cannot be written.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(*paths: Path) -> str | None:
+    """What files hold, for settings that must not change before a run is resumed; None without files.
+
+    Raises:
+        DSDError: a file cannot be read.
+    """
+    digests = []
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise DSDError(f"{path} cannot be read ({error.strerror or error}).") from error
+    return "+".join(digests) or None
 
 
 def load_records(path: Path) -> Iterator[dict[str, Any]]:
