@@ -52,11 +52,12 @@ def in_process(*args):
     old = sys.argv
     sys.argv = ["dsd_train.py", *map(str, args)]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    AcceleratorState._reset_state(True)  # the run before, in this file or another, may have had another precision
     try:
         dsd_train.main()
     finally:
         sys.argv = old
-        AcceleratorState._reset_state(True)  # the next run may want another precision
+        AcceleratorState._reset_state(True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
